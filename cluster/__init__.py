@@ -1,0 +1,1 @@
+"""Submitting jepa verbs to a Ray cluster. Imports pipelines' configuration and errors; never torch."""

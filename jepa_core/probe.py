@@ -1,0 +1,40 @@
+"""Frozen probes: what features know, measured without training the encoder.
+
+Legend: R rows (clips), D feature width, Y label width.
+"""
+
+import torch
+from torch import Tensor
+
+
+def ridge_r2(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
+    """R^2 on held-out rows of a ridge regression from features [R, D] to labels [R, Y], averaged over the Y labels.
+
+    Features are standardised by the training rows; the ridge strength is chosen on the last quarter of the training rows, then
+    refitted on all of them, so the held-out rows are looked at once. 1 is perfect, 0 is the mean label, below 0 is worse.
+    """
+    mean, std = train_x.mean(0), train_x.std(0).clamp_min(1e-6)
+    train_x, test_x = (train_x.double() - mean) / std, (test_x.double() - mean) / std
+    train_y, test_y = train_y.double(), test_y.double()
+    cut = max(1, len(train_x) * 3 // 4)
+    strengths = [10.0**power for power in range(-1, 6)]
+    scores = [_r2(train_x[:cut], train_y[:cut], train_x[cut:], train_y[cut:], ridge) for ridge in strengths]
+    best = strengths[max(range(len(scores)), key=scores.__getitem__)]
+    return _r2(train_x, train_y, test_x, test_y, best)
+
+
+def _r2(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, ridge: float) -> float:
+    offset = train_y.mean(0)
+    gram = train_x.T @ train_x + ridge * torch.eye(train_x.shape[1], dtype=train_x.dtype)
+    weight = torch.linalg.solve(gram, train_x.T @ (train_y - offset))
+    residual = ((test_x @ weight + offset - test_y) ** 2).sum(0)
+    total = ((test_y - test_y.mean(0)) ** 2).sum(0).clamp_min(1e-12)
+    return (1 - residual / total).mean().item()
+
+
+def retrieval_accuracy(queries: Tensor, gallery: Tensor) -> float:
+    """Share of queries [R, D] whose nearest gallery row [R, D] by cosine is their own (row i belongs to row i)."""
+    centre = gallery.mean(0)
+    q = torch.nn.functional.normalize(queries - centre, dim=-1)
+    g = torch.nn.functional.normalize(gallery - centre, dim=-1)
+    return ((q @ g.T).argmax(1) == torch.arange(len(q))).float().mean().item()

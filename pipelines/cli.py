@@ -1,0 +1,161 @@
+"""The `jepa` command: verbs, presets, key=value overrides, dry runs, and exit codes that say whether to try again.
+
+Verbs are imported when they run, never for --help or for a mistake in the configuration.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pipelines import config as schema
+from pipelines.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, JepaError, UsageError
+from pipelines.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One word of the command line: its options, where it lives, what it reads and writes (names of options)."""
+
+    options: type
+    module: str
+    summary: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    positional: str | None = None
+
+
+VERBS = {
+    "ingest": Verb(
+        schema.IngestConfig, "pipelines.ingest", "list and probe videos, write the catalog", ("source",), ("catalog",)
+    ),
+    "pretrain": Verb(
+        schema.PretrainConfig, "pipelines.pretrain", "masked latent prediction on a catalog", ("catalog",), ("run.dir",)
+    ),
+    "sweep": Verb(
+        schema.SweepConfig,
+        "pipelines.sweep",
+        "compare mask settings by a frozen probe",
+        ("catalog", "probe.trajectories"),
+        ("run.dir",),
+    ),
+    "record": Verb(schema.RecordConfig, "pipelines.robot.record", "record simulated robot episodes", (), ("out",)),
+    "post-train": Verb(
+        schema.PostTrainConfig,
+        "pipelines.post_train",
+        "action-conditioned predictor on a frozen encoder",
+        ("trajectories", "encoder"),
+        ("run.dir",),
+    ),
+    "plan": Verb(schema.PlanConfig, "pipelines.plan", "plan to goal images in the simulator", ("model",), ("run.dir",)),
+    "report": Verb(schema.ReportConfig, "pipelines.report", "one HTML page about a run", ("run",), ("out",), "run"),
+    "demo": Verb(schema.DemoConfig, "pipelines.demo", "all of the above at toy scale", ("source",), ("dir",)),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit code: 0 done, 2 usage, 3 input refused, 75 try again, 1 a bug, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    reporter = Reporter()
+    try:
+        return _run(arguments, reporter)
+    except JepaError as error:
+        return _fail(reporter, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail(
+            reporter, "interrupted: the same command continues where a checkpoint was committed", EXIT_INTERRUPTED
+        )
+    except BrokenPipeError:
+        return EXIT_OK
+    finally:
+        reporter.stop()
+
+
+def _run(arguments: list[str], reporter: Reporter) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return EXIT_OK if arguments else UsageError.exit_code
+    name, *rest = arguments
+    if name not in VERBS:
+        raise UsageError(f"unknown verb {name!r}: choose from {', '.join(VERBS)}")
+    verb = VERBS[name]
+    flags = {item for item in rest if item.startswith("-")}
+    overrides = [item for item in rest if not item.startswith("-")]
+    if unknown := flags - {"-h", "--help", "--dry-run"}:
+        raise UsageError(
+            f"unknown option {sorted(unknown)[0]}: options are written key=value; flags are --help and --dry-run"
+        )
+    if flags & {"-h", "--help"}:
+        print(_help(name, verb))
+        return EXIT_OK
+    if verb.positional and overrides and "=" not in overrides[0]:
+        overrides[0] = f"{verb.positional}={overrides[0]}"
+    config = schema.load(verb.options, name, overrides)
+    if "--dry-run" in flags:
+        print(_dry_run(name, verb, config))
+        return EXIT_OK
+    result = importlib.import_module(verb.module).run(config, reporter)
+    reporter.summary(name, **result)
+    return EXIT_OK
+
+
+def _fail(reporter: Reporter, message: str, code: int) -> int:
+    reporter.stop()
+    if reporter.terminal:
+        print(f"jepa: {message}", file=sys.stderr)
+    else:
+        retry = code == 75
+        print(json.dumps({"event": "error", "message": message, "exit_code": code, "retry": retry}), file=sys.stderr)
+    return code or EXIT_BUG
+
+
+def _overview() -> str:
+    lines = [f"  {name:<11} {verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: jepa VERB [preset=NAME] [key=value ...] [--dry-run] [--help]",
+            "",
+            "From a bucket of raw video to a robot that plans: V-JEPA 2 on Ray.",
+            "",
+            *lines,
+            "",
+            "exit codes: 0 done, 2 usage or configuration, 3 input refused, 75 try again, 1 a bug, 130 interrupted",
+        ]
+    )
+
+
+def _help(name: str, verb: Verb) -> str:
+    presets = ", ".join(schema.preset_names(name)) or "none"
+    doc = (verb.options.__doc__ or "").strip()
+    return "\n".join(
+        [doc, "", f"presets: {presets}  (smoke=true takes a preset's small twin)", "", *_options(verb.options)]
+    )
+
+
+def _options(options: type) -> list[str]:
+    from omegaconf import OmegaConf
+
+    text = OmegaConf.to_yaml(OmegaConf.structured(options)).replace("???", "(required)").rstrip()
+    first = f"options of {options.__name__} and their defaults, written as dotted key=value:"
+    assert fields(options)
+    return [first, *(f"  {line}" for line in text.splitlines())]
+
+
+def _dry_run(name: str, verb: Verb, config: Any) -> str:
+    def uris(keys: tuple[str, ...]) -> str:
+        values = []
+        for key in keys:
+            value = config
+            for part in key.split("."):
+                value = getattr(value, part)
+            values.append(f"{value or '(default)'} ({key})")
+        return ", ".join(values) or "nothing"
+
+    text = schema.to_yaml(config).rstrip()
+    return f"{text}\n# jepa {name} would read: {uris(verb.reads)}\n# jepa {name} would write: {uris(verb.writes)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

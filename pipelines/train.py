@@ -1,0 +1,312 @@
+"""One training loop for both stages, run by Ray Train workers on batches from Ray Data.
+
+A stage brings a `Task` (module, loss, exports) and a dataset; the loop brings steps, learning rate, mixed precision, DDP,
+metrics, checkpoints and exact resume. One block of the dataset is one worker's batch of one step, in order.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+import ray.data
+import ray.train
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from jepa_core.config import OptimConfig
+from jepa_core.objective import learning_rate, make_optimizer
+from pipelines import run_folder, storage
+from pipelines.config import TrainConfig
+from pipelines.errors import InputRefused, JepaError, Retryable, UsageError
+from pipelines.progress import Reporter
+
+Rows = dict[str, np.ndarray]
+SAMPLE = "sample"
+"""Column of the sample numbers int64 [B]; every dataset has it."""
+FAILURES = "failures"
+"""Column of JSON texts [B]: the videos that failed before this sample's own, with reasons."""
+COLLECTIVE_TIMEOUT_S = 300
+HEALTH_EVERY_LOGS = 1
+
+
+class Task(Protocol):
+    """What a training stage brings to the loop."""
+
+    module: nn.Module
+    """Everything that is trained or saved. Called with `tensors(...)`, returns (loss, numbers to log)."""
+
+    def tensors(self, rows: Rows, step: int) -> tuple[Any, ...]:
+        """Arguments of the module for one worker's batch at a step."""
+        ...
+
+    def after_step(self) -> None:
+        """Called after each optimizer step, e.g. for the EMA of the target encoder."""
+        ...
+
+    def exports(self) -> dict[str, dict[str, Tensor]]:
+        """Weights for others to load: file stem -> tensors, written as safetensors beside the state."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A picklable description of a run, as each worker receives it."""
+
+    make_task: Callable[[torch.device], Task]
+    train: TrainConfig
+    optim: OptimConfig
+    run_dir: str
+    seed: int
+    sink: Any = field(default=None)
+
+
+@ray.remote(num_cpus=0)
+class ProgressSink:
+    """Carries log lines from the first worker to the driver's terminal."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+
+    def push(self, line: dict[str, Any]) -> None:
+        """Add one line."""
+        self.lines.append(line)
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Take all lines that have come in."""
+        lines, self.lines = self.lines, []
+        return lines
+
+
+def fit(loop: Loop, make_dataset: Callable[[int], ray.data.Dataset], stage: str, reporter: Reporter) -> dict[str, Any]:
+    """Train to `train.steps`, continuing from the last committed checkpoint. Returns the last metrics line.
+
+    `make_dataset(first_step)` builds the remaining batches; Ray Train calls it again at every restart of the workers, so it
+    reads the cursor that was *committed* then (ray.md 1.9). Raises the worker's own JepaError, or Retryable.
+    """
+    workers = max(1, loop.train.num_workers)
+    _check_slots(workers, loop.train)
+    sink = ProgressSink.remote()
+    loop = Loop(loop.make_task, loop.train, loop.optim, loop.run_dir, loop.seed, sink)
+
+    def remaining() -> ray.data.Dataset:
+        found = run_folder.latest_checkpoint(loop.run_dir)
+        return make_dataset(found.step if found else 0)
+
+    options = ray.data.ExecutionOptions(preserve_order=True)
+    filesystem, path = storage.arrow_filesystem(loop.run_dir)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"loop": loop},
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=loop.train.num_workers,
+            use_gpu=loop.train.use_gpu,
+            resources_per_worker={"CPU": loop.train.cpus_per_worker} | ({"GPU": 1} if loop.train.use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=run_folder.CHECKPOINTS,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=loop.train.keep_checkpoints),
+            failure_config=ray.train.FailureConfig(max_failures=loop.train.max_failures),
+        ),
+        datasets={"train": remaining},
+        dataset_config=ray.train.DataConfig(execution_options=options),
+    )
+    reporter.start(stage, loop.train.steps, "steps")
+    with _following(sink, reporter):
+        try:
+            result = trainer.fit()
+        except JepaError:
+            raise
+        except Exception as error:
+            raise _worker_error(error) from error
+    if loop.train.num_workers == 0 and result.checkpoint:
+        run_folder.commit_local(loop.run_dir, result.checkpoint.path, loop.train.steps)
+        shutil.rmtree(result.checkpoint.path, ignore_errors=True)
+    lines = run_folder.read_parts(loop.run_dir, run_folder.METRICS)
+    return lines[-1] if lines else {}
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    loop: Loop = config["loop"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = torch.device("cuda", torch.cuda.current_device()) if loop.train.use_gpu else torch.device("cpu")
+    torch.set_num_threads(max(1, int(loop.train.cpus_per_worker)))
+    torch.manual_seed(loop.seed)  # the same initial weights on every rank
+    task = loop.make_task(device)
+    optimizer = make_optimizer([task.module], loop.optim)
+    start = _restore(task, optimizer)
+    model = DistributedDataParallel(task.module) if world > 1 else task.module
+
+    log = _Log(loop, rank, start)
+    per_rank = loop.train.batch_size // world
+    for step, rows, waited in _batches(start, per_rank, loop.train.batch_size):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step + 1, loop.train.steps, loop.optim)
+        with torch.autocast(device.type, torch.bfloat16, enabled=loop.train.precision == "bf16"):
+            loss, numbers = model(*task.tensors(rows, step))
+        _refuse_non_finite(loss, rows, step)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(
+            [p for p in task.module.parameters() if p.grad is not None], loop.optim.clip_grad
+        )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        task.after_step()
+        log.step(
+            step, rows, waited, {"loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], **numbers}
+        )
+        done = step + 1
+        if done % loop.train.checkpoint_every == 0 or done == loop.train.steps:
+            log.flush(done)
+            _checkpoint(task, optimizer, done, rank)
+
+
+def _batches(start: int, per_rank: int, batch_size: int) -> Iterator[tuple[int, Rows, float]]:
+    """(step, rows, seconds waited) for each remaining step; stops hard if data and weights disagree on the position."""
+    shard = ray.train.get_dataset_shard("train")
+    before = time.perf_counter()
+    for offset, rows in enumerate(shard.iter_batches(batch_size=per_rank, batch_format="numpy", prefetch_batches=2)):
+        step = start + offset
+        if (rows[SAMPLE] // batch_size != step).any():
+            raise RuntimeError(
+                f"step {step} received samples {rows[SAMPLE].tolist()}: data and checkpoint are out of step"
+            )
+        yield step, rows, time.perf_counter() - before
+        before = time.perf_counter()
+
+
+class _Log:
+    """Collects metrics lines and quarantine rows, writes them as parts, and feeds the terminal."""
+
+    def __init__(self, loop: Loop, rank: int, start: int) -> None:
+        self.loop, self.rank, self.first = loop, rank, start
+        self.lines: list[dict[str, Any]] = []
+        self.failures: list[dict[str, Any]] = []
+        self.since, self.waited, self.clips = time.perf_counter(), 0.0, 0
+
+    def step(self, step: int, rows: Rows, waited: float, numbers: dict[str, Any]) -> None:
+        import json
+
+        for text in rows[FAILURES]:
+            self.failures += [{"step": step, **failure} for failure in json.loads(text)] if text else []
+        self.waited += waited
+        self.clips += self.loop.train.batch_size
+        if (step + 1) % self.loop.train.log_every and step + 1 != self.loop.train.steps:
+            return
+        seconds = time.perf_counter() - self.since
+        rates = {"clips_per_s": self.clips / seconds, "data_wait": min(1.0, self.waited / seconds)}
+        values = {key: float(value) if isinstance(value, Tensor) else value for key, value in numbers.items()}
+        line = {"step": step + 1, "time": time.time(), **values, **rates}
+        self.since, self.waited, self.clips = time.perf_counter(), 0.0, 0
+        if self.rank == 0:
+            self.lines.append(line)
+            self.loop.sink.push.remote(line)
+
+    def flush(self, done: int) -> None:
+        if self.rank == 0 and self.lines:
+            run_folder.write_part(self.loop.run_dir, run_folder.METRICS, self.first, self.lines)
+        if self.failures:
+            run_folder.write_part(self.loop.run_dir, run_folder.QUARANTINE, self.first, self.failures, self.rank)
+        self.lines, self.failures, self.first = [], [], done
+
+
+def _checkpoint(task: Task, optimizer: torch.optim.Optimizer, done: int, rank: int) -> None:
+    """Report a checkpoint; every rank must take part, only rank 0 writes (DDP replicas are equal)."""
+    if rank != 0:
+        ray.train.report({"step": done})
+        return
+    folder = tempfile.mkdtemp(prefix="jepa-checkpoint-")
+    state = {"module": task.module.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+    torch.save(state, Path(folder) / run_folder.STATE)
+    for stem, tensors in task.exports().items():
+        save_file({key: value.contiguous() for key, value in tensors.items()}, Path(folder) / f"{stem}.safetensors")
+    ray.train.report(
+        {"step": done},
+        checkpoint=ray.train.Checkpoint.from_directory(folder),
+        checkpoint_dir_name=run_folder.checkpoint_name(done),
+        delete_local_checkpoint_after_upload=True,
+    )
+
+
+def _restore(task: Task, optimizer: torch.optim.Optimizer) -> int:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as folder:
+        state = torch.load(Path(folder) / run_folder.STATE, map_location="cpu", weights_only=True)
+    task.module.load_state_dict(state["module"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def _refuse_non_finite(loss: Tensor, rows: Rows, step: int) -> None:
+    if not torch.isfinite(loss):
+        raise InputRefused(
+            f"the loss is {loss.item()} at step {step} for samples {rows[SAMPLE].tolist()}: "
+            "lower optim.lr, or look at these samples; the last checkpoint is unharmed"
+        )
+
+
+def _check_slots(workers: int, train: TrainConfig) -> None:
+    resources = ray.cluster_resources()
+    needed, there = workers * train.cpus_per_worker + 1, resources.get("CPU", 0)
+    if needed > there:
+        raise UsageError(
+            f"train.num_workers={train.num_workers} x train.cpus_per_worker={train.cpus_per_worker} and one decode task need "
+            f"{needed:g} CPUs, Ray has {there:g}: lower them, or raise ray.num_cpus"
+        )
+    if train.use_gpu and resources.get("GPU", 0) < workers:
+        raise UsageError(f"train.use_gpu=true needs {workers} GPUs, Ray has {resources.get('GPU', 0):g}")
+
+
+def _worker_error(error: Exception) -> JepaError:
+    """The JepaError that a worker or a decode task raised, found through Ray's wrappers; else Retryable with the last line."""
+    seen: list[BaseException] = [error, *getattr(error, "worker_failures", {}).values()]
+    for candidate in seen:
+        for inner in (candidate, getattr(candidate, "cause", None), candidate.__cause__):
+            if isinstance(inner, JepaError):
+                return type(inner)(str(inner.args[0] if inner.args else inner))
+    text = str(seen[-1]).strip().splitlines()
+    return Retryable(f"training stopped: {text[-1] if text else type(error).__name__}; the same command continues it")
+
+
+class _following:  # noqa: N801 (a context manager, used like a function)
+    """Shows the sink's lines while the block runs."""
+
+    def __init__(self, sink: Any, reporter: Reporter) -> None:
+        import threading
+
+        self.sink, self.reporter = sink, reporter
+        self.finished = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def _follow(self) -> None:
+        while not self.finished.wait(0.5):
+            self._show()
+        self._show()
+
+    def _show(self) -> None:
+        for line in ray.get(self.sink.drain.remote()):
+            shown = {k: line[k] for k in ("loss", "trivial", "clips_per_s", "data_wait") if k in line}
+            self.reporter.advance(line["step"], **shown)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.finished.set()
+        self.thread.join(timeout=10)
+        self.reporter.stop()

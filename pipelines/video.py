@@ -1,0 +1,194 @@
+"""Reading video with PyAV: probe a file by demuxing it, decode one clip exactly, cut it into tubelets.
+
+Legend: F frames of a file, T frames of a clip, S crop size in pixels, N tubelets.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import IO
+
+import av
+import av.logging
+import numpy as np
+
+from jepa_core.config import PATCH_SIZE, TUBELET_SIZE
+from jepa_core.sampling import Crop
+
+av.logging.set_level(av.logging.PANIC)  # a broken file becomes a row with a reason, not lines on the terminal
+
+AVIO_BUFFER_BYTES = 1 << 20
+# No demuxer may open a second file or host: a playlist disguised as a video is refused.
+AV_OPTIONS = {"protocol_whitelist": "none"}
+# Decoders whose non-reference frames can be skipped without losing a wanted one (measured; MPEG-4 ASP and AV1 lose some).
+SKIPPABLE_CODECS = frozenset({"h264", "hevc", "vp8", "vp9"})
+MAX_PIXELS = 8192 * 8192
+MAX_FRAMES = 20_000_000
+
+
+class VideoRefused(Exception):
+    """A file that cannot be used, with one of the documented reason codes (docs/ingest.md)."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.reason, self.detail)
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What demuxing a file tells. `pts` int64 [F], ascending, in units of `time_base` seconds; sizes as displayed."""
+
+    container: str
+    codec: str
+    pix_fmt: str
+    width: int
+    height: int
+    rotation: int
+    stream: int
+    time_base: Fraction
+    pts: np.ndarray
+    digest: str
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the first frame to the last, plus one mean frame."""
+        count = len(self.pts)
+        span = float((self.pts[-1] - self.pts[0]) * self.time_base)
+        return span * count / max(1, count - 1)
+
+
+def probe(file: IO[bytes]) -> VideoFacts:
+    """Read all packets of the best video stream and decode one frame. Raises VideoRefused."""
+    with _opened(file) as (container, stream):
+        pts, digest = [], hashlib.sha256()
+        frame = None
+        for packet in container.demux(stream):
+            if packet.size:
+                digest.update(memoryview(packet))
+            if packet.pts is not None and not packet.is_discard:
+                pts.append(packet.pts)
+            if frame is None:
+                frame = next(iter(_decoded(packet)), None)
+            if len(pts) > MAX_FRAMES:
+                raise VideoRefused("too_many_frames", f"more than {MAX_FRAMES} frames")
+        if frame is None:
+            raise VideoRefused("undecodable", "no packet of the video stream decodes to a frame")
+        times = np.unique(np.array(pts, dtype=np.int64))
+        if not len(times):
+            raise VideoRefused("no_timestamps", "no packet carries a presentation time")
+        if frame.width * frame.height > MAX_PIXELS:
+            raise VideoRefused("too_many_pixels", f"{frame.width}x{frame.height} exceeds {MAX_PIXELS} pixels")
+        rotation = int(frame.rotation) % 360
+        width, height = (frame.height, frame.width) if rotation % 180 else (frame.width, frame.height)
+        return VideoFacts(
+            container=container.format.name,
+            codec=stream.codec_context.name,
+            pix_fmt=frame.format.name,
+            width=width,
+            height=height,
+            rotation=rotation,
+            stream=stream.index,
+            time_base=stream.time_base,
+            pts=times,
+            digest=digest.hexdigest(),
+        )
+
+
+def decode_clip(file: IO[bytes], stream_index: int, pts: np.ndarray, crop: Crop, size: int) -> np.ndarray:
+    """The frames at presentation times `pts` int64 [T], cropped and scaled: uint8 [T, S, S, 3].
+
+    First with non-reference frames skipped where the codec allows it, then plainly from the start of the file. Raises
+    VideoRefused("frames_missing") when neither gives every frame: never a neighbour in its place.
+    """
+    wanted = {int(p) for p in pts}
+    try:
+        frames = _decode(file, stream_index, wanted, crop, size, fast=True)
+        if wanted - frames.keys():
+            file.seek(0)
+            frames = _decode(file, stream_index, wanted, crop, size, fast=False)
+    except av.FFmpegError as error:
+        raise VideoRefused("undecodable", str(error)) from error
+    missing = wanted - frames.keys()
+    if missing:
+        raise VideoRefused("frames_missing", f"{len(missing)} of {len(wanted)} frames did not decode")
+    return np.stack([frames[int(p)] for p in pts])
+
+
+def tubelets(frames: np.ndarray) -> np.ndarray:
+    """Cut a clip uint8 [T, S, S, 3] into tubelets [N, 2*16*16*3], raster order, values in (t, y, x, channel) order."""
+    return _chunk(frames, TUBELET_SIZE)
+
+
+def frame_patches(frames: np.ndarray) -> np.ndarray:
+    """Cut frames uint8 [T, S, S, 3] into patches [T*(S/16)^2, 16*16*3]: still frames, to be doubled in time on embedding."""
+    return _chunk(frames, 1)
+
+
+def _chunk(frames: np.ndarray, depth: int) -> np.ndarray:
+    t, h, w, c = frames.shape
+    cut = frames.reshape(t // depth, depth, h // PATCH_SIZE, PATCH_SIZE, w // PATCH_SIZE, PATCH_SIZE, c)
+    return np.ascontiguousarray(cut.transpose(0, 2, 4, 1, 3, 5, 6)).reshape(-1, depth * PATCH_SIZE * PATCH_SIZE * c)
+
+
+@contextlib.contextmanager
+def _opened(file: IO[bytes]) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    try:
+        with av.open(file, buffer_size=AVIO_BUFFER_BYTES, options=AV_OPTIONS) as container:
+            stream = container.streams.best("video")
+            if stream is None:
+                raise VideoRefused("no_video_stream", "the file holds no video stream")
+            stream.thread_count = 1  # more threads cost CPU per clip; one process per core is faster
+            yield container, stream
+    except av.FFmpegError as error:
+        raise VideoRefused("not_a_video", str(error)) from error
+
+
+def _decoded(packet: av.Packet) -> list[av.VideoFrame]:
+    """Frames of a packet; a packet that does not decode gives none (its frames will be missed by name later)."""
+    try:
+        return packet.decode()
+    except av.FFmpegError:
+        return []
+
+
+def _decode(
+    file: IO[bytes], stream_index: int, wanted: set[int], crop: Crop, size: int, *, fast: bool
+) -> dict[int, np.ndarray]:
+    """Decode from the key frame before the first wanted frame (fast) or from the start, until all wanted are seen."""
+    found: dict[int, np.ndarray] = {}
+    with _opened(file) as (container, _):
+        stream = container.streams[stream_index]
+        stream.thread_count = 1
+        if fast and min(wanted) > (stream.start_time or 0):
+            container.seek(min(wanted), stream=stream, backward=True)
+        skip = fast and stream.codec_context.name in SKIPPABLE_CODECS
+        for packet in container.demux(stream):
+            if skip and packet.size:
+                stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            for frame in _decoded(packet):
+                if frame.pts in wanted:
+                    found[frame.pts] = _cropped(frame, crop, size)
+            if len(found) == len(wanted):
+                break
+    return found
+
+
+def _cropped(frame: av.VideoFrame, crop: Crop, size: int) -> np.ndarray:
+    """Scale the frame so that the crop becomes size x size, turn it upright, cut the crop out: uint8 [S, S, 3]."""
+    rotation = int(frame.rotation) % 360
+    width, height = (frame.height, frame.width) if rotation % 180 else (frame.width, frame.height)
+    scaled_w = max(size, round(width * size / crop.width))
+    scaled_h = max(size, round(height * size / crop.height))
+    target = (scaled_h, scaled_w) if rotation % 180 else (scaled_w, scaled_h)
+    image = frame.reformat(width=target[0], height=target[1], format="rgb24").to_ndarray()
+    image = np.rot90(image, rotation // 90)
+    x = min(round(crop.x * size / crop.width), scaled_w - size)
+    y = min(round(crop.y * size / crop.height), scaled_h - size)
+    image = image[y : y + size, x : x + size]
+    return image[:, ::-1] if crop.flip else image
