@@ -41,7 +41,7 @@ VERBS = {
         ("catalog", "probe.trajectories"),
         ("run.dir",),
     ),
-    "record": Verb(schema.RecordConfig, "pipelines.robot.record", "record simulated robot episodes", (), ("out",)),
+    "record": Verb(schema.RecordConfig, "pipelines.record", "record simulated robot episodes", (), ("out",)),
     "post-train": Verb(
         schema.PostTrainConfig,
         "pipelines.post_train",

@@ -21,12 +21,6 @@ TUBELETS = "tubelets"
 COLUMNS = ("uri", "stream", "width", "height", "time_base_num", "time_base_den", "pts")
 
 
-def numbered_blocks(first_step: int, steps: int, batch_size: int, num_workers: int) -> ray.data.Dataset:
-    """Sample numbers of the steps that remain, as one block per worker and step (column `id`, counted from first_step)."""
-    blocks = max(1, (steps - first_step) * num_workers)
-    return ray.data.range((steps - first_step) * batch_size, override_num_blocks=blocks)
-
-
 def clip_dataset(
     videos: pa.Table, clip: ClipConfig, seed: int, blocks: ray.data.Dataset, first_sample: int, data: DataConfig
 ) -> ray.data.Dataset:

@@ -18,7 +18,6 @@ from jepa_core.config import (
     TUBELET_SIZE,
     ActionPredictorConfig,
     ClipConfig,
-    EncoderConfig,
     MaskConfig,
     OptimConfig,
     PlannerConfig,
@@ -176,11 +175,20 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class SimConfig:
-    """The simulated robot: picture size in pixels, camera, control rate in Hz."""
+    """The simulated robot's camera and control loop."""
 
     image_size: int = 128
+    """Height and width of a frame in pixels; even, because video stores colour at half resolution."""
     camera: Literal["left", "right", "wrist"] = "left"
     control_hz: float = 15.0
+    """Control ticks per second; DROID runs at 15."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no later step could work with."""
+        if self.image_size < 16 or self.image_size % 2:
+            raise UsageError(f"sim.image_size={self.image_size} must be an even number of at least 16 pixels")
+        if not 1.0 <= self.control_hz <= 100.0:
+            raise UsageError(f"sim.control_hz={self.control_hz} must lie between 1 and 100")
 
 
 @dataclass(frozen=True)
@@ -208,6 +216,8 @@ class PostTrainConfig:
     time_base: Literal["physical", "header"] = "physical"
     num_frames: int = 8
     fps: float = 4.0
+    holdout: float = 0.1
+    """Share of the episodes that is kept for measuring rollouts."""
     predictor: ActionPredictorConfig = field(default_factory=ActionPredictorConfig)
     rollout_steps: int = 2
     run: RunConfig = field(default_factory=RunConfig)
@@ -402,6 +412,3 @@ def _check_mask(name: str, mask: MaskConfig) -> None:
             raise UsageError(f"{name}.{key}=[{low}, {high}] must be a rising range within 0..1 (aspect_ratio: above 0)")
     if mask.num_blocks < 1:
         raise UsageError(f"{name}.num_blocks={mask.num_blocks} must be at least 1")
-
-
-__all__ = ["EncoderConfig", "load", "preset_names", "read_preset", "to_yaml"]

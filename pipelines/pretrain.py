@@ -140,7 +140,7 @@ def config_of(run_dir: str) -> PretrainConfig:
 
 def _fit(config: PretrainConfig, reporter: Reporter) -> None:
     from pipelines import train
-    from pipelines.clips import clip_dataset, numbered_blocks
+    from pipelines.clips import clip_dataset
 
     videos = catalog.read_videos(catalog.parse_ref(config.catalog))
     if not videos.num_rows:
@@ -148,7 +148,7 @@ def _fit(config: PretrainConfig, reporter: Reporter) -> None:
     workers = max(1, config.train.num_workers)
 
     def dataset(first_step: int) -> Any:
-        blocks = numbered_blocks(first_step, config.train.steps, config.train.batch_size, workers)
+        blocks = train.numbered_blocks(first_step, config.train.steps, config.train.batch_size, workers)
         return clip_dataset(videos, config.clip, config.seed, blocks, first_step * config.train.batch_size, config.data)
 
     loop = train.Loop(partial(PretrainTask, config), config.train, config.optim, config.run.dir, config.seed)

@@ -137,6 +137,12 @@ def fit(loop: Loop, make_dataset: Callable[[int], ray.data.Dataset], stage: str,
     return lines[-1] if lines else {}
 
 
+def numbered_blocks(first_step: int, steps: int, batch_size: int, num_workers: int) -> ray.data.Dataset:
+    """Sample numbers of the steps that remain, as one block per worker and step (column `id`, counted from first_step)."""
+    blocks = max(1, (steps - first_step) * num_workers)
+    return ray.data.range((steps - first_step) * batch_size, override_num_blocks=blocks)
+
+
 def train_worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     loop: Loop = config["loop"]

@@ -5,6 +5,7 @@ Legend: F frames of a file, T frames of a clip, S crop size in pixels, N tubelet
 
 import contextlib
 import hashlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +17,7 @@ import numpy as np
 
 from jepa_core.config import PATCH_SIZE, TUBELET_SIZE
 from jepa_core.sampling import Crop
+from pipelines.errors import UsageError
 
 av.logging.set_level(av.logging.PANIC)  # a broken file becomes a row with a reason, not lines on the terminal
 
@@ -120,6 +122,30 @@ def decode_clip(file: IO[bytes], stream_index: int, pts: np.ndarray, crop: Crop,
     return np.stack([frames[int(p)] for p in pts])
 
 
+def scale_image(image: np.ndarray, crop: Crop, size: int) -> np.ndarray:
+    """A picture uint8 [H, W, 3] through the same scaler as decoded frames: uint8 [S, S, 3]."""
+    return _cropped(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"), crop, size)
+
+
+def encode_video(frames: np.ndarray, fps: float) -> bytes:
+    """H.264 in MP4 of frames uint8 [T, H, W, 3], a key frame every 15; one thread, so equal frames give equal bytes.
+
+    Raises UsageError for odd sizes: yuv420p needs even ones.
+    """
+    _, height, width, _ = frames.shape
+    if height % 2 or width % 2:
+        raise UsageError(f"yuv420p needs an even height and width, got {height} x {width}")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        options = {"crf": "20", "preset": "veryfast", "threads": "1", "g": "15", "bf": "0"}
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
 def tubelets(frames: np.ndarray) -> np.ndarray:
     """Cut a clip uint8 [T, S, S, 3] into tubelets [N, 2*16*16*3], raster order, values in (t, y, x, channel) order."""
     return _chunk(frames, TUBELET_SIZE)
@@ -172,7 +198,7 @@ def _decode(
             if skip and packet.size:
                 stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             for frame in _decoded(packet):
-                if frame.pts in wanted:
+                if frame.pts in wanted and not frame.is_corrupt:
                     found[frame.pts] = _cropped(frame, crop, size)
             if len(found) == len(wanted):
                 break

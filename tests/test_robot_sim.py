@@ -18,7 +18,6 @@ from pipelines.robot.droid_raw import (
     EpisodeRefused,
     list_episodes,
     read_episode,
-    state_deltas,
     write_episode,
 )
 from pipelines.robot.panda import WORKSPACE, PandaEnv, SimConfig, goal_observation, headless_gl
@@ -121,14 +120,14 @@ def test_the_target_stays_inside_the_workspace(env):
 
 def test_a_blocked_arm_does_not_wind_up(env):
     env.reset(3, CENTRE)
-    start = env.state()[:3]
-    env._model.opt.disableflags |= 1 << 12  # no actuation: the arm cannot follow, gravity is compensated
+    start = env.state()
+    env._model.opt.disableflags |= env._mj.mjtDisableBit.mjDSBL_ACTUATION  # the arm hangs where it is
     try:
         env.step([0.15, 0, 0, 0, 0, 0, 0], ticks=15)
-        assert np.linalg.norm(env.target()[:3] - env.state()[:3]) < 0.065
+        np.testing.assert_allclose(env.state()[:3], start[:3], atol=1e-3)
+        assert 0.04 < np.linalg.norm(env.target()[:3] - env.state()[:3]) < 0.065
     finally:
         env._model.opt.disableflags = 0
-    assert start.shape == (3,)
 
 
 def test_physics_is_the_same_for_the_same_seed_in_a_used_environment(env):
@@ -154,8 +153,6 @@ def test_bad_arguments_are_refused_in_one_sentence(env):
         env.step(np.zeros(6))
     with pytest.raises(UsageError, match="three finite"):
         env.reset(0, [0.5, 0.0])
-    with pytest.raises(UsageError, match="camera"):
-        SimConfig(camera="top")
     with pytest.raises(UsageError, match="even"):
         SimConfig(image_size=65)
 
@@ -202,7 +199,7 @@ def test_without_opengl_physics_works_and_rendering_names_the_packages():
     )
     clean = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=60)
-    assert "libegl1 libgl1-mesa-dri" in done.stdout, done.stderr
+    assert "libegl1 libopengl0 libgl1-mesa-dri" in done.stdout, done.stderr
     assert "libosmesa6" in done.stdout
     assert "make system" in done.stdout
 
@@ -214,7 +211,7 @@ def test_without_opengl_physics_works_and_rendering_names_the_packages():
 def test_recorded_play_covers_useful_moves(episode):
     assert episode.num_frames == 30
     assert set(np.diff(episode.timestamps_ms)) <= {66, 67}
-    steps = np.linalg.norm(state_deltas(episode.states[::3])[:, :3], axis=1)
+    steps = np.linalg.norm(np.diff(episode.states[::3, :3], axis=0), axis=1)
     assert 0.02 < steps.max() < 0.12
     assert (episode.states[:, :3] > WORKSPACE[0] - 0.01).all()
     assert (episode.states[:, :3] < WORKSPACE[1] + 0.01).all()
@@ -224,6 +221,7 @@ def test_recorded_play_covers_useful_moves(episode):
 
 
 @needs_gl
+@pytest.mark.ray
 @pytest.mark.timeout(90)
 def test_parallel_recording_gives_the_same_bytes_as_one_process(tmp_path):
     import ray
@@ -295,7 +293,7 @@ def test_extrinsics_project_the_tool_into_the_image(env):
     seen = Rotation.from_euler("xyz", pose[3:]).inv().apply(env.state()[:3] - pose[:3])
     assert seen[2] > 0.5
     assert np.abs(seen[:2] / seen[2]).max() < np.tan(np.radians(20.0))
-    raised = Rotation.from_euler("xyz", pose[3:]).inv().apply(env.state()[:3] + [0, 0, 0.1] - pose[:3])
+    raised = Rotation.from_euler("xyz", pose[3:]).inv().apply(env.state()[:3] + np.array([0, 0, 0.1]) - pose[:3])
     assert raised[1] < seen[1]  # y points down
 
 
@@ -418,24 +416,3 @@ def test_one_frame_less_than_rows_is_clipped(tmp_path, episode):
 
 
 # Actions
-
-
-def test_state_deltas_do_not_jump_where_the_angle_wraps():
-    states = np.zeros((3, 7))
-    states[:, 3] = [np.pi - 0.02, -np.pi + 0.01, np.pi - 0.01]
-    states[:, 0] = [0.5, 0.55, 0.52]
-    states[:, 6] = [0.0, 0.4, 0.3]
-    deltas = state_deltas(states)
-    np.testing.assert_allclose(deltas[:, 3:6], [[0.03, 0, 0], [-0.02, 0, 0]], atol=1e-12)
-    np.testing.assert_allclose(deltas[:, 0], [0.05, -0.03])
-    np.testing.assert_allclose(deltas[:, 6], [0.4, -0.1])
-    assert state_deltas(states[:1]).shape == (0, 7)
-
-
-def test_state_deltas_rebuild_the_next_state():
-    rng = np.random.default_rng(0)
-    states = rng.uniform(-1.0, 1.0, (20, 7))
-    deltas = state_deltas(states)
-    turned = Rotation.from_euler("xyz", deltas[:, 3:6]) * Rotation.from_euler("xyz", states[:-1, 3:6])
-    np.testing.assert_allclose(turned.as_matrix(), Rotation.from_euler("xyz", states[1:, 3:6]).as_matrix(), atol=1e-12)
-    np.testing.assert_allclose(states[:-1, :3] + deltas[:, :3], states[1:, :3])

@@ -16,16 +16,15 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from fractions import Fraction
 from typing import Any, Literal
 
 import av
 import h5py
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from pipelines import storage
 from pipelines.errors import UsageError
+from pipelines.video import encode_video
 
 TRAJECTORY_FILE = "trajectory.h5"
 VIDEO_FOLDER = "recordings/MP4"
@@ -52,7 +51,7 @@ RefusalReason = Literal[
 ]
 
 
-class EpisodeRefused(Exception):  # noqa: N818 - it reports a verdict on the data, not a failure of the program
+class EpisodeRefused(Exception):
     """One episode cannot be used; ``reason`` is a stable code for the quarantine table, ``detail`` a sentence."""
 
     def __init__(self, reason: RefusalReason, detail: str) -> None:
@@ -147,9 +146,8 @@ def write_episode(root: str, episode: Episode, *, header_fps: float | None = Non
     uri = storage.join(root, episode.lab, episode.folder)
     with tempfile.TemporaryDirectory(prefix="droid_raw_") as folder:
         for serial, frames in episode.cameras.items():
-            video = os.path.join(folder, f"{serial}.mp4")
-            _encode_video(video, frames, header_fps or episode.control_hz)
-            storage.upload(video, storage.join(uri, VIDEO_FOLDER, f"{serial}.mp4"))
+            data = encode_video(frames, header_fps or episode.control_hz)
+            storage.write_bytes(storage.join(uri, VIDEO_FOLDER, f"{serial}.mp4"), data)
         metadata = json.dumps(_metadata(episode), indent=2).encode()
         storage.write_bytes(storage.join(uri, f"metadata_{episode.uuid}.json"), metadata)
         trajectory = os.path.join(folder, TRAJECTORY_FILE)
@@ -183,10 +181,9 @@ def read_episode(uri: str, camera: str = "left_mp4_path", time_base: str = "phys
     if abs(len(states) - num_video_frames) > MAX_LENGTH_DIFFERENCE:
         raise EpisodeRefused("length_mismatch", f"{len(states)} trajectory rows, {num_video_frames} video frames")
     num_frames = min(len(states), num_video_frames)
+    frame_times = np.arange(num_frames) / fps
     if time_base == "physical":
         frame_times = _physical_times(arrivals_ms, serial, num_frames)
-    else:
-        frame_times = np.arange(num_frames) / fps
     success = metadata.get("success")
     return Trajectory(
         uri=uri,
@@ -198,20 +195,6 @@ def read_episode(uri: str, camera: str = "left_mp4_path", time_base: str = "phys
         frame_times=frame_times,
         num_frames=num_frames,
     )
-
-
-def state_deltas(states: np.ndarray) -> np.ndarray:
-    """Actions of V-JEPA 2-AC from states: float64 [T, 7] -> [T - 1, 7], T >= 1; compute them after subsampling.
-
-    ``[xyz' - xyz, Euler_xyz(R' R^T), g' - g]``: the rotation is left-multiplied in the base frame, and a state that
-    wraps from pi to -pi makes no jump.
-    """
-    states = np.asarray(states, np.float64)
-    deltas = np.diff(states, axis=0)
-    if len(deltas):
-        rotations = Rotation.from_euler("xyz", states[:, 3:6])
-        deltas[:, 3:6] = (rotations[1:] * rotations[:-1].inv()).as_euler("xyz")
-    return deltas
 
 
 def _check_episode(episode: Episode) -> None:
@@ -311,21 +294,6 @@ def _write_trajectory(path: str, episode: Episode) -> None:
             version_number="1.0.1",
             time=episode.started.ctime(),
         )
-
-
-def _encode_video(path: str, frames: np.ndarray, fps: float) -> None:
-    """H.264, yuv420p, crf 20, a key frame every 15 frames; one thread, so that equal frames give equal bytes."""
-    _, height, width, _ = frames.shape
-    if height % 2 or width % 2:
-        raise UsageError(f"yuv420p needs an even height and width, got {height} x {width}")
-    rate = Fraction(fps).limit_denominator(1001)
-    with av.open(path, "w") as container:
-        options = {"crf": "20", "preset": "veryfast", "threads": "1", "g": "15", "bf": "0"}
-        stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
 
 
 def _read_metadata(uri: str, files: list[str]) -> dict[str, Any]:

@@ -12,18 +12,19 @@ tool stands in for its shadow, because one camera without it cannot tell height 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
 import weakref
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from pipelines.config import SimConfig
 from pipelines.errors import UsageError
-from pipelines.robot.scene import CAMERAS, model_xml
+from pipelines.robot.scene import model_xml
 
 if TYPE_CHECKING:
     import mujoco
@@ -34,7 +35,7 @@ WORKSPACE: tuple[np.ndarray, np.ndarray] = (np.array([0.35, -0.25, 0.10]), np.ar
 
 NO_GL_MESSAGE = (
     "cannot render the simulated robot: no headless OpenGL library loads; install the Debian packages "
-    "libegl1 libgl1-mesa-dri (egl) or libosmesa6 (osmesa), for example with `make system`"
+    "libegl1 libopengl0 libgl1-mesa-dri (egl) or libosmesa6 (osmesa), for example with `make system`"
 )
 
 # Tool pointing down, tilted by 0.15 rad: at exactly pi the roll angle would flip its sign with every tremor.
@@ -49,36 +50,15 @@ _IK_POSTURE_GAIN = 0.05
 _IK_MAX_JOINT_STEP_RAD = 0.3
 
 
-@dataclass(frozen=True)
-class SimConfig:
-    """What the simulated camera and the control loop look like."""
-
-    image_size: int = 128
-    """Height and width of a frame in pixels; must be even, because the recorder writes yuv420p."""
-    camera: str = "left"
-    """Camera that ``render`` uses by default: left, right or wrist."""
-    control_hz: float = 15.0
-    """Control ticks per second; DROID runs at 15."""
-
-    def __post_init__(self) -> None:
-        """Refuse settings that no later step could work with."""
-        if self.image_size < 16 or self.image_size % 2:
-            raise UsageError(f"image_size must be an even number of at least 16 pixels, got {self.image_size}")
-        if self.camera not in CAMERAS:
-            raise UsageError(f"camera must be one of {', '.join(CAMERAS)}, got {self.camera!r}")
-        if not 1.0 <= self.control_hz <= 100.0:
-            raise UsageError(f"control_hz must lie between 1 and 100, got {self.control_hz}")
-
-
 class PandaEnv:
     """One simulated arm. Physics needs no OpenGL; the GL context is made by the first ``render``.
 
     A GL context belongs to the process and thread that made it: give every Ray actor its own environment.
     """
 
-    def __init__(self, config: SimConfig = SimConfig()) -> None:
+    def __init__(self, config: SimConfig | None = None) -> None:
         """Build the model; call ``reset`` before anything else."""
-        self.config = config
+        self.config = config = config or SimConfig()
         self._mj = _import_mujoco()
         self._model = self._mj.MjModel.from_xml_string(model_xml(config.image_size))
         self._substeps = max(1, round(1.0 / (config.control_hz * _SUBSTEP_S)))
@@ -286,8 +266,7 @@ def _import_mujoco() -> Any:
         os.environ["MUJOCO_GL"] = headless_gl() or "disable"
     try:
         import mujoco
-    except (ImportError, AttributeError, RuntimeError) as error:
-        # A missing libOSMesa or libEGL surfaces as an AttributeError inside PyOpenGL.
+    except Exception as error:  # a missing library surfaces as AttributeError or ctypes.ArgumentError in PyOpenGL
         raise UsageError(f"{NO_GL_MESSAGE} (MUJOCO_GL={chosen!r}: {error})") from error
     finally:
         if os.environ.get("MUJOCO_GL") == "disable" and not chosen:
@@ -309,15 +288,18 @@ def _make_renderer(mj: Any, model: mujoco.MjModel, image_size: int) -> mujoco.Re
 
 def headless_gl() -> str | None:
     """The headless OpenGL backend that works here: ``egl``, ``osmesa``, or None."""
-    if _egl_works():
+    # PyOpenGL's egl platform calls glGetError, so it needs a GL library besides libEGL, which does not depend on one.
+    if _egl_works() and _loads("libOpenGL.so.0", "libGL.so.1"):
         return "egl"
-    for name in ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so"):
-        try:
-            ctypes.CDLL(name)
-        except OSError:
-            continue
-        return "osmesa"
-    return None
+    return "osmesa" if _loads("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so") else None
+
+
+def _loads(*names: str) -> bool:
+    """Whether one of these shared libraries can be loaded."""
+    for name in names:
+        with contextlib.suppress(OSError):
+            return bool(ctypes.CDLL(name))
+    return False
 
 
 def _egl_works() -> bool:

@@ -1,0 +1,134 @@
+"""Inputs and features of the frozen probes that rank encoders, with the controls that keep them honest.
+
+Legend: R rows (frames or videos), P tokens of a frame, D encoder width.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from jepa_core.config import PATCH_SIZE
+from jepa_core.encoder import VisionTransformer
+from jepa_core.probe import retrieval_accuracy, ridge_r2
+from jepa_core.rope import Grid
+from jepa_core.sampling import centre_crop, clip_frames
+from pipelines import catalog, storage, trajectories
+from pipelines.config import PretrainConfig, ProbeConfig
+from pipelines.errors import InputRefused
+from pipelines.pretrain import clip_grid
+from pipelines.video import VideoRefused, decode_clip, frame_patches, tubelets
+
+POOLED_SIDE = 3
+"""Tokens of a frame are averaged to at most 3x3 before the ridge: where things are must stay readable."""
+PIXEL_SIDE = 24
+METRICS = {
+    "robot_state": "R2 of end-effector position, held-out episodes",
+    "retrieval": "own first third found by last third",
+}
+BATCH = 64
+
+
+class ProbeData(NamedTuple):
+    """Pictures to encode, uint8 [R, N, V] cut into patches or tubelets; labels [R, 3] or None; rows of the training part."""
+
+    tokens: np.ndarray
+    grid: Grid
+    labels: np.ndarray | None
+    num_train: int
+
+
+def load_data(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
+    """Decode the probe's inputs at the encoder's crop size. Raises InputRefused when there are too few."""
+    return _robot_frames(probe, config) if probe.kind == "robot_state" else _video_thirds(probe, config)
+
+
+def score(encoder: VisionTransformer, data: ProbeData) -> float:
+    """The probe's number for an encoder: higher is better."""
+    features = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for start in range(0, len(data.tokens), BATCH):
+            tokens = encoder(torch.tensor(data.tokens[start : start + BATCH]), data.grid).float()
+            features.append(_pooled(tokens, data.grid) if data.labels is not None else tokens.mean(1))
+    return _measure(torch.cat(features), data)
+
+
+def pixel_score(data: ProbeData) -> float:
+    """The same probe on raw pixels, brought to about the size of the features."""
+    side = data.grid.h * PATCH_SIZE
+    depth = data.tokens.shape[-1] // (PATCH_SIZE * PATCH_SIZE * 3)
+    cut = data.tokens.reshape(-1, *data.grid, depth, PATCH_SIZE, PATCH_SIZE, 3)
+    images = cut.mean(axis=(1, 4)).transpose(0, 5, 1, 3, 2, 4).reshape(-1, 3, side, side)  # frames averaged over time
+    small = F.adaptive_avg_pool2d(torch.from_numpy(images).float(), min(side, PIXEL_SIDE))
+    return _measure(small.flatten(1), data)
+
+
+def _measure(features: Tensor, data: ProbeData) -> float:
+    if data.labels is None:
+        return retrieval_accuracy(features[data.num_train :], features[: data.num_train])
+    labels = torch.from_numpy(data.labels)
+    cut = data.num_train
+    return ridge_r2(features[:cut], labels[:cut], features[cut:], labels[cut:])
+
+
+def _pooled(tokens: Tensor, grid: Grid) -> Tensor:
+    """Tokens [R, P, D] -> [R, 9*D] at most."""
+    maps = tokens.transpose(1, 2).unflatten(2, (grid.h, grid.w))
+    return F.adaptive_avg_pool2d(maps, min(grid.h, POOLED_SIDE)).flatten(1)
+
+
+def _robot_frames(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
+    """Frames evenly spread over each episode; the last quarter of the episodes is held out."""
+    index = trajectories.usable(trajectories.index_episodes(str(probe.trajectories), "physical", 0.0))
+    episodes = index.slice(0, probe.max_items)
+    if episodes.num_rows < 4:
+        raise InputRefused(f"{probe.trajectories} has {episodes.num_rows} usable episodes, the probe needs at least 4")
+    size = config.clip.crop_size
+    tokens, labels = [], []
+    for row in range(episodes.num_rows):
+        count = len(episodes["times"][row])
+        frames = np.linspace(0, count - 1, probe.frames_per_episode).astype(np.int64)
+        images, states = trajectories.read_frames(episodes, row, frames, size)
+        tokens.append(frame_patches(images).reshape(len(frames), -1, PATCH_SIZE * PATCH_SIZE * 3))
+        labels.append(states[:, :3])
+    side = size // PATCH_SIZE
+    num_train = (episodes.num_rows * 3 // 4) * probe.frames_per_episode
+    return ProbeData(np.concatenate(tokens), Grid(1, side, side), np.concatenate(labels), num_train)
+
+
+def _video_thirds(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
+    """One clip from the first third (gallery) and one from the last third (query) of each video."""
+    videos = catalog.read_videos(catalog.parse_ref(config.catalog)).slice(0, probe.max_items)
+    halves: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for entry in videos.to_pylist():
+        pts = np.array(entry["pts"])
+        times = pts * entry["time_base_num"] / entry["time_base_den"]
+        crop = centre_crop(entry["width"], entry["height"])
+        third = len(pts) // 3
+        if third < 1:
+            continue
+        try:
+            with storage.open_file(entry["uri"]) as file:
+                clips = [
+                    _clip(file, entry, pts[part], times[part], crop, config)
+                    for part in (slice(third), slice(-third, None))
+                ]
+        except VideoRefused:
+            continue  # a probe may leave a video out; training may not, and there it is a quarantine row
+        for half, cut in zip(halves, clips, strict=True):
+            half.append(cut)
+    if len(halves[0]) < 2:
+        raise InputRefused(
+            f"{config.catalog}: the retrieval probe needs at least 2 readable videos, found {len(halves[0])}"
+        )
+    return ProbeData(np.stack(halves[0] + halves[1]), clip_grid(config.clip), None, len(halves[0]))
+
+
+def _clip(
+    file: Any, entry: dict[str, Any], pts: np.ndarray, times: np.ndarray, crop: Any, config: PretrainConfig
+) -> np.ndarray:
+    file.seek(0)
+    chosen = pts[clip_frames(times, config.clip.num_frames, config.clip.fps, 0.5)]
+    return tubelets(decode_clip(file, entry["stream"], chosen, crop, config.clip.crop_size))
