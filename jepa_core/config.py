@@ -39,6 +39,11 @@ class ActionPredictorConfig:
     mlp_ratio: float = 4.0
     action_dim: int = 7
     state_dim: int = 7
+    action_scale: float = 1.0
+    """Actions are multiplied by this before their embedding: centimetres of motion are lost beside unit-sized tokens when a
+    run has hundreds of steps instead of the paper's 94,500. 1.0 is the paper's."""
+    predict_change: bool = False
+    """Add the prediction to the present tokens instead of replacing them; the paper's model predicts the next tokens whole."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class ActionPredictor(nn.Module):
         A token of step t sees all tokens of steps up to t (block-causal mask, built for the T in use).
         """
         num_steps, num_patches = z.shape[1:3]
-        conditions = torch.stack([self.action_encoder(actions), self.state_encoder(states)], dim=2)
+        conditions = torch.stack([self.action_encoder(actions * self.config.action_scale), self.state_encoder(states)], dim=2)
         x = torch.cat([conditions, self.predictor_embed(z).to(conditions.dtype)], dim=2).flatten(1, 2)
         grid = Grid(num_steps, *grid_hw)
         rope = action_rope_table(grid, self.config.dim // self.config.heads, CONDITION_TOKENS, x.device)
@@ -70,7 +70,8 @@ class ActionPredictor(nn.Module):
         for block in self.predictor_blocks:
             x = block(x, rope=rope, attn_mask=mask)
         x = x.unflatten(1, (num_steps, CONDITION_TOKENS + num_patches))[:, :, CONDITION_TOKENS:]
-        return self.predictor_proj(self.predictor_norm(x))
+        predicted = self.predictor_proj(self.predictor_norm(x))
+        return z + predicted if self.config.predict_change else predicted
 
 
 def block_causal_mask(num_steps: int, tokens_per_step: int, device: torch.device) -> Tensor | None:

@@ -289,6 +289,8 @@ def load(schema: type[T], verb: str, overrides: Sequence[str]) -> T:
         tree = OmegaConf.merge(tree, part or {})
     for key, value in settings.items():
         try:
+            if OmegaConf.is_dict(OmegaConf.select(tree, key)) and not isinstance(value, dict):
+                raise UsageError(f"{key}={value}: {key} is a group of options, set one of them as {key}.NAME=VALUE")
             OmegaConf.update(tree, key, value, merge=True)
         except (OmegaConfBaseException, AssertionError, IndexError, TypeError, ValueError) as error:
             raise UsageError(f"{key}={value}: {_first_line(error)}") from error

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -15,7 +16,10 @@ MIN_LOGICAL_CPUS = 4
 
 @contextlib.contextmanager
 def session(config: RayConfig) -> Iterator[None]:
-    """Ray for the duration of the block. A session that is already open is used as it is (jepa demo runs verbs inside one)."""
+    """Ray for the duration of the block. A session that is already open is used as it is (jepa demo runs verbs inside one).
+
+    Raises Retryable when the cluster does not answer, UsageError when Ray was imported before its token could be set.
+    """
     _set_environment(embedded=config.address is None)
     import ray
 
@@ -33,10 +37,10 @@ def session(config: RayConfig) -> Iterator[None]:
                 log_to_driver=config.verbose,
                 logging_level="info" if config.verbose else "error",
             )
-    except ConnectionError as error:
-        raise Retryable(f"no Ray cluster answers at {config.address}: start one, or leave ray.address out") from error
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(f"ray.address={config.address}: {error}") from error
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        where = f"at ray.address={config.address}" if config.address else "on this machine"
+        reason = str(error).strip().splitlines()[0]
+        raise Retryable(f"Ray did not start {where} ({reason}): check the address and RAY_AUTH_TOKEN, then try again") from error
     _quiet(config.verbose)
     try:
         yield
@@ -45,7 +49,12 @@ def session(config: RayConfig) -> Iterator[None]:
 
 
 def _set_environment(*, embedded: bool) -> None:
-    if embedded and "RAY_AUTH_TOKEN" not in os.environ:
+    if embedded and not os.environ.get("RAY_AUTH_TOKEN"):
+        if "ray" in sys.modules:
+            raise UsageError(
+                "ray was imported before its token was set, which Ray reads only once: "
+                "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN first, or start through the jepa command"
+            )
         # Without these two, ray.init writes a token into the home directory and every later cluster inherits it.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -16,7 +16,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import blended_transform_factory
 
 from jepa_core.config import PATCH_SIZE, TUBELET_SIZE
@@ -32,8 +32,10 @@ WIDTH = 4.8
 """Inches. Text of 9 points is then 14 pixels in a laptop's column and 9 on a phone."""
 SMOOTH_FROM = 80
 """Curves with at least so many points get a running mean over the raw line."""
+FROM_ZERO = ("lr", "clips_per_s", "feature_std", "rank_me")
+"""Metrics whose distance from zero is what matters."""
 TARGET_TINT = np.array([86, 104, 134], dtype=np.float32)
-DROPPED_TINT = np.array([24, 24, 28], dtype=np.float32)
+DROPPED_TINT = np.array([217, 208, 190], dtype=np.float32)
 STRIP_FRAMES = 4
 STYLE = {
     "font.size": 9, "text.color": INK, "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "jepa",
@@ -74,7 +76,7 @@ def curves(rows: Sequence[Row], panels: Sequence[Sequence[Series]], alt: str) ->
 
 def _curve(ax: Axes, x: np.ndarray, y: np.ndarray, series: Series) -> None:
     style = {"color": series.colour, "label": series.label}
-    if len(x) < SMOOTH_FROM:
+    if len(x) < SMOOTH_FROM or series.key == "lr":
         ax.plot(x, y, lw=1.6, marker="o" if len(x) <= 20 else None, ms=3, **style)
     else:
         window = max(3, len(x) // 40)
@@ -83,6 +85,9 @@ def _curve(ax: Axes, x: np.ndarray, y: np.ndarray, series: Series) -> None:
     if series.key == "data_wait":
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         ax.set_ylim(0, 1.05)
+    elif series.key in FROM_ZERO:
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: np.format_float_positional(value, 7, trim="-")))
+        ax.set_ylim(0, float(np.max(y[np.isfinite(y)], initial=1e-6)) * 1.1)
 
 
 def _heading(ax: Axes, panel: Sequence[Series]) -> None:
@@ -99,8 +104,8 @@ def _legend(ax: Axes) -> None:
 
 
 def dots(groups: Mapping[str, Sequence[float]], lines: Mapping[str, float], unit: str, alt: str) -> Markup:
-    """Every value a dot, one line per group in the order given, a bar at the mean; `lines` are dashed and labelled."""
-    with _figure(1.0 + 0.3 * len(groups) + 0.16 * len(lines)) as (figure, svg):
+    """Every value a dot, one line per group in the order given, a bar at the mean; `lines` (label -> value) are dashed."""
+    with _figure(max(2.6, 1.0 + 0.3 * len(groups) + 0.16 * len(lines))) as (figure, svg):
         ax = figure.subplots()
         for index, (name, values) in enumerate(groups.items()):
             colour = AGENT_COLOURS.get(name, BLUE)
@@ -112,7 +117,7 @@ def dots(groups: Mapping[str, Sequence[float]], lines: Mapping[str, float], unit
         ax.grid(False, axis="y")
         ax.set_xlabel(unit)
         for index, (name, value) in enumerate(lines.items()):
-            _marker(ax, value, f"{name} {value:.3g}", row=index)
+            _marker(ax, value, name, row=index)
         return svg(alt)
 
 
@@ -164,8 +169,8 @@ def rollout(numbers: Mapping[str, Sequence[float]], alt: str) -> Markup:
     """Latent error against how many steps ahead the predictor runs on its own output."""
     shown = [
         Series("model", "model", BLUE),
-        Series("copy_last", "copy the current frame", ORANGE),
-        Series("shuffled_actions", "model, actions shuffled", PURPLE),
+        Series("copy_last", "copied frame", ORANGE),
+        Series("shuffled_actions", "shuffled actions", PURPLE),
     ]
     with _figure(3.0) as (figure, svg):
         ax = figure.subplots()
@@ -221,6 +226,9 @@ def _svg(figure: Figure, alt: str) -> Markup:
     size = re.search(r'viewBox="[^"]*"', text)
     assert size is not None
     body = text[text.index(">", text.index("<svg")) + 1 :]
+    body = re.sub(
+        r"<style.*?</style>", "", body, flags=re.DOTALL
+    )  # would apply to the whole page; it has the same rule
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # the same in every figure; nothing refers to groups
     for colour, name in CSS_COLOURS.items():
         body = body.replace(colour, f"var(--{name})")
@@ -236,8 +244,10 @@ def image(png: bytes, alt: str) -> Markup:
 
 def film(mp4: bytes, alt: str) -> Markup:
     """An MP4 inside the page."""
-    tag = '<video src="data:video/mp4;base64,{}" aria-label="{}" controls muted loop playsinline preload="metadata"></video>'
-    return Markup(tag).format(base64.b64encode(mp4).decode(), alt)
+    source = base64.b64encode(mp4).decode()
+    return Markup(
+        '<video src="data:video/mp4;base64,{}" aria-label="{}" controls muted loop playsinline preload="metadata"></video>'
+    ).format(source, alt)
 
 
 def clip_frames(tubelets: np.ndarray, grid: Grid) -> np.ndarray:
@@ -248,12 +258,12 @@ def clip_frames(tubelets: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def strip(frames: np.ndarray, grid: Grid, context: np.ndarray | None = None, target: np.ndarray | None = None) -> bytes:
-    """A few frames side by side as PNG; with token ids, targets are tinted and tokens in neither set are dark."""
+    """A few frames side by side as PNG; with token ids, targets are tinted and tokens in neither set are blank."""
     shown = frames.astype(np.float32)
     if context is not None and target is not None:
         shade = np.full((grid.num_tokens, 3), DROPPED_TINT)
         shade[target] = TARGET_TINT
-        strength = np.full(grid.num_tokens, 0.9, dtype=np.float32)
+        strength = np.ones(grid.num_tokens, dtype=np.float32)
         strength[target], strength[context] = 0.82, 0.0
         alpha = _per_pixel(strength[:, None], grid)
         grey = shown.mean(axis=-1, keepdims=True)

@@ -4,6 +4,7 @@ A stage brings a `Task` (module, loss, exports) and a dataset; the loop brings s
 metrics, checkpoints and exact resume. One block of the dataset is one worker's batch of one step, in order.
 """
 
+import json
 import shutil
 import tempfile
 import time
@@ -35,7 +36,6 @@ SAMPLE = "sample"
 FAILURES = "failures"
 """Column of JSON texts [B]: the videos that failed before this sample's own, with reasons."""
 COLLECTIVE_TIMEOUT_S = 300
-HEALTH_EVERY_LOGS = 1
 
 
 class Task(Protocol):
@@ -204,10 +204,8 @@ class _Log:
         self.since, self.waited, self.clips = time.perf_counter(), 0.0, 0
 
     def step(self, step: int, rows: Rows, waited: float, numbers: dict[str, Any]) -> None:
-        import json
-
         for text in rows[FAILURES]:
-            self.failures += [{"step": step, **failure} for failure in json.loads(text)] if text else []
+            self.failures += [{"step": step + 1, **failure} for failure in json.loads(text)] if text else []
         self.waited += waited
         self.clips += self.loop.train.batch_size
         if (step + 1) % self.loop.train.log_every and step + 1 != self.loop.train.steps:
@@ -223,9 +221,9 @@ class _Log:
 
     def flush(self, done: int) -> None:
         if self.rank == 0 and self.lines:
-            run_folder.write_part(self.loop.run_dir, run_folder.METRICS, self.first, self.lines)
+            run_folder.write_part(self.loop.run_dir, run_folder.METRICS, self.first + 1, self.lines)
         if self.failures:
-            run_folder.write_part(self.loop.run_dir, run_folder.QUARANTINE, self.first, self.failures, self.rank)
+            run_folder.write_part(self.loop.run_dir, run_folder.QUARANTINE, self.first + 1, self.failures, self.rank)
         self.lines, self.failures, self.first = [], [], done
 
 

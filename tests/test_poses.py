@@ -17,9 +17,9 @@ def test_euler_and_matrix_agree_with_scipy():
 
 def test_deltas_do_not_jump_where_the_angle_wraps():
     states = torch.zeros(3, 7, dtype=torch.float64)
-    states[:, 3] = torch.tensor([np.pi - 0.02, -np.pi + 0.01, np.pi - 0.01])
-    states[:, 0] = torch.tensor([0.5, 0.55, 0.52])
-    states[:, 6] = torch.tensor([0.0, 0.4, 0.3])
+    states[:, 3] = torch.tensor([np.pi - 0.02, -np.pi + 0.01, np.pi - 0.01], dtype=torch.float64)
+    states[:, 0] = torch.tensor([0.5, 0.55, 0.52], dtype=torch.float64)
+    states[:, 6] = torch.tensor([0.0, 0.4, 0.3], dtype=torch.float64)
     expected = [[0.05, 0, 0, 0.03, 0, 0, 0.4], [-0.03, 0, 0, -0.02, 0, 0, -0.1]]
     np.testing.assert_allclose(deltas(states), expected, atol=1e-7)
 

@@ -1,0 +1,370 @@
+"""What the report says about each kind of run: key numbers, plots, tables, and what is missing.
+
+A report must come out of any run, finished or not: a part that is missing or unreadable becomes a sentence on the page.
+"""
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from pipelines import catalog, run_folder, storage
+from pipelines import report_figures as figures
+from pipelines.errors import InputRefused
+from pipelines.report_figures import BLUE, GREEN, MUTED, ORANGE, PURPLE, Series
+from pipelines.report_page import Card, Group, Picture, Row, Section, Table, centimetres, number, percent
+
+EPISODES = "episodes"
+AGENTS = ("planner", "random", "no-op", "oracle")
+SAMPLES_SHOWN = 4
+ROWS_SHOWN = 40
+EPISODES_SHOWN = 6
+MAX_INLINE_BYTES = 8 << 20
+NOT_YET = "Not there yet:"
+SPEED = (
+    [Series("clips_per_s", "clips per second", BLUE)],
+    [Series("data_wait", "share of time waiting for data", ORANGE)],
+)
+SCHEDULE = ([Series("lr", "learning rate", MUTED)], [Series("grad_norm", "gradient norm before clipping", PURPLE)])
+SPEED_CAPTION = "Throughput, and the share of each interval in which the training waited for data. Waiting above a few per "\
+    "cent after the start means that decoding is the bottleneck."  # fmt: skip
+SCHEDULE_CAPTION = (
+    "Learning rate as scheduled, and the gradient norm. Spikes of the norm announce trouble earlier than the loss."
+)
+
+
+def build_section(run_dir: str, kind: str, config: Row) -> Section:
+    """Read a run and lay out what the page says about it."""
+    section = Section(run_dir, kind, config, PurePosixPath(run_dir).name)
+    builder = {"pretrain": _pretrain, "sweep": _sweep, "post-train": _post_train, "plan": _plan}[kind]
+    section.attempt("The run", lambda: builder(section))
+    section.attempt("Provenance", lambda: _provenance(section))
+    return section
+
+
+def _provenance(section: Section) -> None:
+    facts = run_folder.read_json(section.run_dir, run_folder.PROVENANCE) or {}
+    versions = facts.pop("versions", {})
+    section.provenance = [(key, str(value)) for key, value in {**facts, **versions}.items() if value is not None]
+
+
+def _training(section: Section) -> list[Row]:
+    """Metrics of a training run; says how far it came."""
+    rows: list[Row] = []
+    section.attempt("Metrics", lambda: rows.extend(run_folder.read_parts(section.run_dir, run_folder.METRICS)))
+    steps = int(section.config["train"]["steps"])
+    found = run_folder.latest_checkpoint(section.run_dir)
+    reached = max(rows[-1]["step"] if rows else 0, found.step if found else 0)
+    kept = f"last checkpoint at {found.step:,}" if found else "no checkpoint"
+    section.cards.append(Card("steps", f"{reached:,}", f"of {steps:,}, {kept}"))
+    if not found:
+        section.notes.append(f"{NOT_YET} no checkpoint is committed.")
+    if reached < steps:
+        section.notes.append(
+            f"Training stands at step {reached:,} of {steps:,}; the command that began it continues it."
+        )
+    if not rows:
+        section.notes.append(f"{NOT_YET} the run has no metrics.")
+    return rows
+
+
+def _pretrain(section: Section) -> None:
+    rows = _training(section)
+    clip = section.config["clip"]
+    section.lead = (
+        f"Masked latent prediction on clips of {clip['num_frames']} frames at {clip['fps']:g} per second, "
+        f"{clip['crop_size']} pixels square."
+    )
+    if rows:
+        section.attempt("Training curves", lambda: _pretrain_curves(section, rows))
+    section.attempt("The masks", lambda: _masks(section, rows))
+    section.attempt("The data", lambda: _data(section))
+
+
+def _pretrain_curves(section: Section, rows: list[Row]) -> None:
+    last = rows[-1]
+    side = "below" if last["loss"] < last["trivial"] else "above"
+    section.lead += f" The loss is {side} what always predicting the mean costs."
+    width = section.config["model"]["encoder"]["dim"]
+    section.cards += [
+        Card("loss", number(last["loss"]), f"mean predictor {number(last['trivial'])}"),
+        Card("feature std", number(last["feature_std"]), "0 is collapse"),
+        Card("RankMe", number(last["rank_me"]), f"of {width} dimensions"),
+        *_speed_cards(rows),
+    ]
+    group = Group("Training")
+    loss = [Series("loss", "loss"), Series("trivial", "mean predictor", ORANGE)]
+    _curves(group, rows, [loss], "L1 error of the predicted features, beside the error of always predicting their "
+                   "mean. Below the second line something is learned; both at zero together is collapse.")  # fmt: skip
+    health = [[Series("feature_std", "feature std", GREEN)], [Series("rank_me", "RankMe (effective rank)", PURPLE)]]
+    _curves(group, rows, health, "Spread and effective rank of the target encoder's features. Either one falling "
+                   "towards zero means that the features collapse, however well the loss looks.")  # fmt: skip
+    _curves(group, rows, SPEED, SPEED_CAPTION)
+    _curves(group, rows, SCHEDULE, SCHEDULE_CAPTION)
+    section.groups.append(group)
+
+
+def _speed_cards(rows: list[Row]) -> list[Card]:
+    steady = rows[1:] or rows  # the first interval holds the start of the data pipeline
+    speed, wait = (statistics.median(row[key] for row in steady) for key in ("clips_per_s", "data_wait"))
+    return [Card("clips / s", number(speed), "median"), Card("data wait", f"{wait:.0%}", "of the time, median")]
+
+
+def _masks(section: Section, rows: list[Row]) -> None:
+    group = Group("Masks", "Training clips as they were decoded, and what each mask hides of them at step 0. The encoder sees "
+                  "the part left visible; the predictor must tell the features of the tinted part.")  # fmt: skip
+    section.groups.append(group)
+    table = []
+    for index, mask in enumerate(section.config["model"]["masks"]):
+        effective = [
+            statistics.fmean(values) if (values := [r[key] for r in rows if key in r]) else None
+            for key in (f"context_ratio_{index}", f"target_ratio_{index}")
+        ]
+        scales = ["-".join(f"{v:.0%}" for v in sorted(set(mask[key]))) for key in ("spatial_scale", "temporal_scale")]
+        table.append([str(index + 1), str(mask["num_blocks"]), *scales, *(percent(value) for value in effective)])
+    columns = ("mask", "blocks", "block area", "block length", "context, mean", "target, mean")
+    group.tables.append(Table(columns, table, "Ratios are of the clip's tubelets, as trained: the union of blocks that overlap, "
+                              "cut to equal length within a batch."))  # fmt: skip
+    section.attempt("Masks over real frames", lambda: group.pictures.extend(mask_examples(section.run_dir)), group)
+    group.legend = bool(group.pictures)
+
+
+def mask_examples(run_dir: str) -> list[Picture]:
+    """The run's first clips, decoded and masked as its first step did. Raises JepaError when the source is out of reach."""
+    from jepa_core.masks import draw_masks
+    from pipelines import pretrain
+    from pipelines.clips import TUBELETS, sample_clip
+
+    config = pretrain.config_of(run_dir)
+    videos = catalog.read_videos(catalog.parse_ref(config.catalog))
+    if not videos.num_rows:
+        raise InputRefused(f"{config.catalog} holds no video")
+    grid = pretrain.clip_grid(config.clip)
+    batch = range(
+        config.train.batch_size // max(1, config.train.num_workers)
+    )  # masks are cut to equal length per worker
+    drawn = [draw_masks(mask, i, grid, config.seed, 0, batch) for i, mask in enumerate(config.model.masks)]
+    pictures = []
+    for n in batch[:SAMPLES_SHOWN]:
+        sample = sample_clip(videos, n, config.clip, config.seed, config.data.max_replacements)
+        frames = figures.clip_frames(sample[TUBELETS], grid)
+        parts = [("the clip", figures.image(figures.strip(frames, grid), f"frames of sample {n}"))]
+        for index, (context, target) in enumerate(drawn):
+            label = f"mask {index + 1}: context {context.shape[1] / grid.num_tokens:.0%}, "
+            label += f"target {target.shape[1] / grid.num_tokens:.0%}"
+            png = figures.strip(frames, grid, context[n], target[n])
+            parts.append((label, figures.image(png, f"sample {n} under mask {index + 1}")))
+        seconds = (config.clip.num_frames - 1) / config.clip.fps
+        pictures.append(Picture(parts, f"Sample {n}, {seconds:.2g} s of {sample['uri']}"))
+    return pictures
+
+
+def _data(section: Section) -> None:
+    group = Group("Data")
+    section.groups.append(group)
+    section.attempt("The catalog", lambda: _catalog(section, group), group)
+    _replaced(section, group)
+
+
+def _catalog(section: Section, group: Group) -> None:
+    ref = catalog.parse_ref(section.config["catalog"])
+    videos = catalog.read_videos(ref)
+    refused = catalog.read_quarantine(ref).to_pylist()
+    hours = sum(videos["duration"].to_pylist()) / 3600
+    length = f"{hours:.3g} hours" if hours >= 1 else f"{hours * 60:.3g} minutes"
+    group.intro = (
+        f"Catalog {ref}: {videos.num_rows:,} videos of together {length}, {len(refused):,} files refused at ingest."
+    )
+    section.cards.append(Card("videos", f"{videos.num_rows:,}", f"{len(refused):,} refused at ingest"))
+    reasons = Counter(row["reason"] for row in refused).most_common()
+    rows = [[reason, f"{n:,}", next(row["uri"] for row in refused if row["reason"] == reason)] for reason, n in reasons]
+    if rows:
+        group.tables.append(Table(("reason", "files", "for example"), rows, "Refused at ingest, by reason."))
+
+
+def _replaced(section: Section, group: Group) -> None:
+    """What failed to decode during training."""
+    rows = run_folder.read_parts(section.run_dir, run_folder.QUARANTINE)
+    section.cards.append(Card("replaced clips", f"{len(rows):,}", "failed to decode in training"))
+    if not rows:
+        group.intro += " Every clip that the training asked for did decode."
+        return
+    columns = ("step", "sample", "uri", "reason", "detail", "attempt", "replaced_by")
+    cells = [[str(row.get(column, "")) for column in columns] for row in rows[:ROWS_SHOWN]]
+    more = f" The first {ROWS_SHOWN} of {len(rows):,}." if len(rows) > ROWS_SHOWN else ""
+    caption = f"Clips that failed to decode during training, and the video that took their place.{more}"
+    group.tables.append(Table([column.replace("_", " ") for column in columns], cells, caption))
+
+
+def _result(section: Section) -> Row | None:
+    try:
+        result = run_folder.read_json(section.run_dir, run_folder.RESULT)
+    except ValueError as error:
+        raise InputRefused(f"{run_folder.RESULT} is not JSON ({error})") from error
+    return result if isinstance(result, dict) else None
+
+
+def _sweep(section: Section) -> None:
+    tree = section.config
+    seeds = "one seed" if len(tree["seeds"]) == 1 else f"{len(tree['seeds'])} seeds"
+    section.lead = f"The same pretraining under {len(tree['masks'])} mask settings, {seeds} each."
+    result = _result(section)
+    if result is None:
+        section.notes.append(f"{NOT_YET} the sweep has no result; the command that began it runs the missing trials.")
+        return
+    metric, ranking, rows, controls = result["probe"]["metric"], result["ranking"], result["rows"], result["controls"]
+    best = ranking[0]
+    section.lead += (
+        " Ranked by the frozen probe: losses under different masks are not comparable, a harder mask costs more."
+    )
+    section.cards += [Card("winner", str(result["winner"])), Card("its score", number(best["mean"]), metric)]
+    section.cards += [Card(name, number(value), "control") for name, value in controls.items()]
+    section.cards.append(Card("trials", str(len(rows)), f"{len(ranking)} mask settings"))
+    if best["mean"] <= max(controls.values(), default=float("-inf")):
+        section.notes.append("No mask setting beats the controls: this sweep does not tell masks apart yet.")
+    lines = {f"{name} {number(value)}": value for name, value in controls.items()}
+    group = Group("Ranking")
+    section.groups.append(group)
+    scores = {entry["name"]: [row["score"] for row in rows if row["name"] == entry["name"]] for entry in ranking}
+    caption = "Each dot is one seed, each bar a mean. Trust an order only where the dots of two settings do not mix, and only "\
+        "right of the dashed controls."  # fmt: skip
+    group.pictures.append(Picture([("", figures.dots(scores, lines, metric, "probe score by mask setting"))], caption))
+    drawn = figures.score_against_ratio(rows, list(scores), metric, "probe score against target ratio")
+    caption = "Whether the score follows the share that is hidden, or the shape of the mask. Ratios are as trained, averaged "\
+        "over the masks of a trial."  # fmt: skip
+    group.pictures.append(Picture([("", drawn)], caption))
+    group.tables.append(_ranking_table(ranking, rows))
+
+
+def _ranking_table(ranking: list[Row], rows: list[Row]) -> Table:
+    cells = []
+    for place, entry in enumerate(ranking, 1):
+        of_name = [row for row in rows if row["name"] == entry["name"]]
+        means = [
+            statistics.fmean(row[key] for row in of_name)
+            for key in ("target_ratio", "context_ratio", "loss", "trivial")
+        ]
+        score = [number(entry["mean"]), number(entry["sd"]), str(entry["n"])]
+        cells.append([str(place), entry["name"], *score, percent(means[0]), percent(means[1]), *map(number, means[2:])])
+    columns = ("", "masks", "score", "sd", "seeds", "target", "context", "loss", "mean predictor")
+    return Table(columns, cells, "Loss and mean predictor are the last of each trial: for reading, not for ranking.")
+
+
+def _post_train(section: Section) -> None:
+    section.lead = "A predictor learns, on frozen features, what an action does to the next frame."
+    rows = _training(section)
+    group = _added(section, Group("Training"))
+    if rows:
+        section.attempt("Training losses", lambda: _post_train_losses(section, group, rows))
+    section.attempt("Rollouts", lambda: _rollouts(section, group))
+    if rows:
+        section.attempt("Throughput", lambda: _curves(group, rows, SPEED, SPEED_CAPTION))
+        section.attempt("The schedule", lambda: _curves(group, rows, SCHEDULE, SCHEDULE_CAPTION))
+    section.attempt("Replaced clips", lambda: _replaced(section, _added(section, Group("Data"))))
+
+
+def _post_train_losses(section: Section, group: Group, rows: list[Row]) -> None:
+    last = rows[-1]
+    section.cards += [
+        Card("teacher forcing", number(last["teacher_forcing"]), f"copying costs {number(last['copy_last'])}"),
+        Card("rollout", number(last["rollout"]), f"{section.config['rollout_steps']} steps on its own output"),
+        *_speed_cards(rows),
+    ]
+    losses = [Series("teacher_forcing", "teacher forcing"), Series("rollout", "rollout", GREEN)]
+    losses.append(Series("copy_last", "copied frame", ORANGE))
+    _curves(group, rows, [losses], "L1 error of the predicted features; the training loss is the sum of the first two. "
+            "Only below the copied frame does the predictor know more than that little moves.")  # fmt: skip
+
+
+def _rollouts(section: Section, group: Group) -> None:
+    numbers = (_result(section) or {}).get("rollout")
+    if not numbers:
+        section.notes.append(f"{NOT_YET} rollouts are not measured.")
+        return
+    drawn = figures.rollout(numbers, "latent error against horizon")
+    caption = "Latent error on held-out episodes when the predictor runs on its own output. Shuffled actions must cost more "\
+        "than the true ones, or the model ignores what the robot does."  # fmt: skip
+    group.pictures.append(Picture([("", drawn)], caption))
+    model, copied = (number(numbers[key][-1]) for key in ("model", "copy_last"))
+    section.cards.append(Card(f"error at {numbers['horizon'][-1]} steps", model, f"copied frame {copied}"))
+
+
+def _plan(section: Section) -> None:
+    tree = section.config
+    section.lead = (
+        f"Planning to goal images in the simulated robot, {tree['episodes']} episodes of {tree['steps']} actions."
+    )
+    result = _result(section)
+    if result is None:
+        section.notes.append(f"{NOT_YET} the run has no result.")
+    else:
+        section.attempt("The result", lambda: _plan_result(section, result))
+    section.attempt("The films", lambda: _films(section, result or {}))
+
+
+def _plan_result(section: Section, result: Row) -> None:
+    agents, episodes = result["agents"], result.get("episodes", [])
+    success = result.get("success_distance")
+    order = [name for name in AGENTS if name in agents] + sorted(set(agents) - set(AGENTS))
+    for name in order:
+        numbers = agents[name]
+        hint = f"median distance left, {percent(numbers['success'])} of the goals reached"
+        section.cards.append(Card(name, centimetres(numbers["median_m"]), hint))
+    if "planner" in agents:
+        planner = agents["planner"]
+        section.cards.append(Card("planning", f"{number(planner['seconds_per_action'])} s", "per action"))
+        section.lead += (
+            f" The planner came from {centimetres(planner['start_m'])} to {centimetres(planner['final_m'])} on average."
+        )
+    group = _added(section, Group("Distance to the goal"))
+    caption = "Distance of the hand from its goal after each action: episodes thin, means thick. The planner should fall away "\
+        "from the random and the resting agent."  # fmt: skip
+    drawn = figures.approach(episodes, order, success, "distance to the goal per action")
+    group.pictures.append(Picture([("", drawn)], caption))
+    final = {name: [e["distances"][-1] * 100 for e in episodes if e["agent"] == name] for name in order}
+    lines = {} if success is None else {f"success: {success * 100:g} cm": success * 100}
+    drawn = figures.dots(final, lines, "distance left, cm", "final distance by agent")
+    group.pictures.append(
+        Picture([("", drawn)], "Where each episode ended: a dot per episode, a bar at the mean. Left is better.")
+    )
+    keys = ("start_m", "final_m", "median_m")
+    cells = [[name, *(centimetres(agents[name].get(key)) for key in keys), percent(agents[name].get("success")),
+              f"{agents[name].get('seconds_per_action', float('nan')):.3f}"] for name in order]  # fmt: skip
+    columns = ("agent", "start, mean", "left, mean", "left, median", "goals reached", "s per action")
+    group.tables.append(Table(columns, cells))
+
+
+def _films(section: Section, result: Row) -> None:
+    """The planner's episodes that were kept as a film strip, a video, or both."""
+    folder = storage.join(section.run_dir, EPISODES)
+    found = storage.list_files(folder, (".png", ".mp4")) if storage.exists(folder) else []
+    small = [info for info in found if info.size <= MAX_INLINE_BYTES]
+    names = sorted({PurePosixPath(info.uri).stem for info in small})
+    if not names:
+        section.notes.append(f"{NOT_YET} no episode has a picture.")
+        return
+    group = _added(section, Group("Episodes", "The goal image first, then what the robot saw on its way there."))
+    if len(names) > EPISODES_SHOWN or len(small) < len(found):
+        group.intro += f" Shown are the first {EPISODES_SHOWN} at most; {EPISODES}/ in the run folder holds all."
+    for name in names[:EPISODES_SHOWN]:
+        parts = []
+        for info in small:
+            if PurePosixPath(info.uri).stem == name:
+                inline = figures.image if info.uri.lower().endswith(".png") else figures.film
+                parts.append(("", inline(storage.read_bytes(info.uri), f"episode {name}")))
+        parts.sort(key=lambda part: "<video" in part[1][:6])
+        played = [e for e in result.get("episodes", []) if e["agent"] == "planner" and f"{e['episode']:03d}" == name]
+        ends = [f", from {centimetres(e['distances'][0])} to {centimetres(e['distances'][-1])}" for e in played]
+        group.pictures.append(Picture(parts, f"Episode {name}{''.join(ends)}", wide=True))
+
+
+def _curves(group: Group, rows: Sequence[Row], panels: Sequence[Sequence[Series]], caption: str) -> None:
+    """Add a plot of metrics, unless no row has them."""
+    drawn = figures.curves(rows, panels, caption)
+    if drawn:
+        group.pictures.append(Picture([("", drawn)], caption))
+
+
+def _added(section: Section, group: Group) -> Group:
+    section.groups.append(group)
+    return group

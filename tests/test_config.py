@@ -1,0 +1,114 @@
+"""Configuration: mistakes are named in one sentence, presets hold, nothing heavy is imported for it."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import jepa
+
+from pipelines import config as schema
+from pipelines.cli import VERBS
+from pipelines.errors import UsageError
+
+REQUIRED = {
+    "ingest": ["source=a", "catalog=b"],
+    "pretrain": ["catalog=a", "run.dir=b", "train.steps=1"],
+    "sweep": ["catalog=a", "run.dir=b", "probe.trajectories=c"],
+    "record": ["out=a"],
+    "post-train": ["trajectories=a", "encoder=b", "run.dir=c", "train.steps=1"],
+    "plan": ["model=a", "run.dir=b"],
+    "report": ["run=a"],
+    "demo": [],
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_preset_loads_and_has_a_smoke_twin(verb):
+    for name in schema.preset_names(verb):
+        for twin in ([], ["smoke=true"]):
+            given = [item for item in REQUIRED[verb] if not item.startswith("train.steps")]
+            schema.load(VERBS[verb].options, verb, [f"preset={name}", *twin, *given])
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "sweep", "post-train", "plan", "record"])
+def test_verbs_that_need_a_recipe_ship_one(verb):
+    assert schema.preset_names(verb)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stepz=3", ["train.stepz", "did you mean train.steps?"]),
+        ("train.steps=many", ["train.steps", "many"]),
+        ("train.steps=0", ["train.steps=0"]),
+        ("train.batch_size=3 train.num_workers=2", ["train.batch_size=3", "num_workers=2"]),
+        ("clip.crop_size=100", ["clip.crop_size=100", "16"]),
+        ("clip.num_frames=7", ["clip.num_frames=7"]),
+        ("model.encoder.heads=5", ["model.encoder.heads=5"]),
+        ("model.encoder=3", ["model.encoder"]),
+        ("model.masks.0.spatial_scale=[0.9,0.2]", ["model.masks.0.spatial_scale"]),
+        ("model.masks.9.num_blocks=1", ["model.masks.9"]),
+        ("model.masks=[]", ["model.masks"]),
+        ("train.precision=fp16", ["train.precision", "fp16"]),
+        ("run.resume=maybe", ["run.resume", "maybe"]),
+        ("preset=nope", ["preset=nope", "choose from"]),
+        ("seed", ["seed", "key=value"]),
+        ("smoke=true", ["smoke=true", "preset"]),
+    ],
+)
+def test_mistakes_are_named_with_their_fix(override, words):
+    with pytest.raises(UsageError) as caught:
+        schema.load(schema.PretrainConfig, "pretrain", [*REQUIRED["pretrain"], *override.split()])
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_values_are_named():
+    with pytest.raises(UsageError, match="catalog is missing: give catalog=VALUE"):
+        schema.load(schema.PretrainConfig, "pretrain", ["preset=demo"])
+
+
+def test_overrides_win_over_smoke_over_preset_over_defaults():
+    load = lambda *more: schema.load(schema.PretrainConfig, "pretrain", ["preset=demo", *REQUIRED["pretrain"][:2], *more])  # noqa: E731
+    assert load().clip.num_frames == 8
+    assert load().clip.flip is True
+    assert load("smoke=true").clip.num_frames == 4
+    assert load("smoke=true").clip.fps == 5.0
+    assert load("smoke=true", "clip.num_frames=2", "model.masks.1.num_blocks=2").clip.num_frames == 2
+    assert load("model.masks.1.num_blocks=2").model.masks[1].num_blocks == 2
+
+
+def test_a_preset_can_be_a_file_of_the_users(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 7\n")
+    assert schema.load(schema.PretrainConfig, "pretrain", [f"preset={path}", *REQUIRED["pretrain"]]).seed == 7
+
+
+def test_help_dry_run_and_mistakes_import_neither_torch_nor_ray():
+    code = (
+        "import sys; from pipelines.cli import main; "
+        "codes = [main(['--help']), main(['pretrain', '--help']), main(['pretrain', 'x.y=1']), "
+        "main(['ingest', 'source=a', 'catalog=b', '--dry-run'])]; "
+        "heavy = {'torch', 'ray', 'av', 'pyarrow', 'boto3'} & set(sys.modules); print(codes, heavy); sys.exit(bool(heavy))"
+    )
+    before = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-200:] + result.stderr
+    assert result.stdout.splitlines()[-1].startswith("[0, 0, 2, 0]")
+    assert time.perf_counter() - before < 2
+
+
+def test_dry_run_shows_the_merged_config_and_what_would_be_touched(tmp_path):
+    result = jepa("pretrain", "preset=demo", "catalog=s3://nobody/catalog@3", f"run.dir={tmp_path}/run", "seed=5", "--dry-run")
+    assert result.returncode == 0
+    assert "seed: 5" in result.stdout
+    assert "would read: s3://nobody/catalog@3 (catalog)" in result.stdout
+    assert f"would write: {tmp_path}/run (run.dir)" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["ingest", "--force"], ["ingest", "source=a"]])
+def test_usage_errors_exit_with_2(arguments):
+    assert jepa(*arguments).returncode == 2

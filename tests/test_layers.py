@@ -1,0 +1,45 @@
+"""The arrows of the architecture, and bans that keep its rooms clear."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(path for room in ("jepa_core", "pipelines", "cluster", "configs") for path in (ROOT / room).rglob("*.py"))
+
+
+def test_the_arrows_point_from_cluster_to_pipelines_to_jepa_core():
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_jepa_core_imports_without_the_pipeline_libraries():
+    modules = [f"jepa_core.{path.stem}" for path in (ROOT / "jepa_core").glob("*.py") if path.stem != "__init__"]
+    banned = ("ray", "av", "pyarrow", "omegaconf", "boto3", "s3fs", "h5py", "mujoco", "pipelines")
+    code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; print(sorted(set({banned}) & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_readable(path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert path.stem not in {"utils", "helpers", "common", "misc"}
+    assert len(text.splitlines()) <= 420
+    assert ast.get_docstring(tree) or not text.strip()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 70, f"{node.name} is too long"
+
+
+def test_only_storage_speaks_to_object_stores():
+    for path in SOURCES:
+        if path.name != "storage.py":
+            names = {alias.name.split(".")[0] for node in ast.walk(ast.parse(path.read_text()))
+                     if isinstance(node, ast.Import) for alias in node.names}  # fmt: skip
+            assert not names & {"boto3", "s3fs", "fsspec"}, path

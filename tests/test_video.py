@@ -1,0 +1,154 @@
+"""Decoding: every frame equals a sequential decode's, bad files are refused by reason, tubelets keep every pixel."""
+
+import io
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from conftest import encode, make_frames
+
+from jepa_core.sampling import Crop, centre_crop
+from pipelines.video import VideoRefused, decode_clip, encode_video, frame_patches, probe, scale_image, tubelets
+
+CODECS = {
+    "h264 with B-frames": ("libx264", "mp4", {"bf": "3", "g": "20", "x264-params": "b-pyramid=normal"}),
+    "h264 in mkv": ("libx264", "matroska", {"g": "7"}),
+    "hevc": ("libx265", "mp4", {"x265-params": "log-level=none:keyint=15"}),
+    "vp9": ("libvpx-vp9", "webm", {"deadline": "realtime", "cpu-used": "8"}),
+    "mpeg4": ("mpeg4", "avi", {"bf": "2"}),
+}
+CLIPS = os.environ.get("JEPA_TEST_CLIPS")
+
+
+def sequential(data: bytes, stream: int, pts: np.ndarray, crop: Crop, size: int) -> np.ndarray:
+    """Decode everything from the start and pick the frames: what decode_clip must equal."""
+    from pipelines.video import _cropped
+
+    wanted, found = set(pts.tolist()), {}
+    with av.open(io.BytesIO(data)) as container:
+        for frame in container.decode(container.streams[stream]):
+            if frame.pts in wanted:
+                found[frame.pts] = _cropped(frame, crop, size)
+    return np.stack([found[p] for p in pts.tolist()])
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_clips_equal_a_sequential_decode(name):
+    codec, container, options = CODECS[name]
+    data = encode(make_frames(60), codec, container, options=options)
+    facts = probe(io.BytesIO(data))
+    assert len(facts.pts) == 60
+    crop = Crop(8, 4, 64, 48, True)
+    for start in (0, 13, 31):
+        pts = facts.pts[start : start + 28 : 4]
+        expected = sequential(data, facts.stream, pts, crop, 32)
+        np.testing.assert_array_equal(decode_clip(io.BytesIO(data), facts.stream, pts, crop, 32), expected)
+
+
+def test_variable_frame_rate_keeps_its_own_times():
+    pts = [0, 1, 2, 10, 11, 30, 31, 45]
+    facts = probe(io.BytesIO(encode(make_frames(8), pts=pts, container="matroska")))
+    np.testing.assert_allclose(facts.pts * float(facts.time_base), np.array(pts) / 30, atol=1e-3)
+
+
+def test_repeated_frames_of_a_short_video_are_given_each_time():
+    data = encode(make_frames(3))
+    facts = probe(io.BytesIO(data))
+    clip = decode_clip(io.BytesIO(data), facts.stream, facts.pts[[0, 2, 2, 2]], centre_crop(96, 64), 32)
+    np.testing.assert_array_equal(clip[1], clip[3])
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "not_a_video"),
+        (b"text " * 1000, "not_a_video"),
+        (b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n", "not_a_video"),
+        (b"ffconcat version 1.0\nfile '/etc/hostname'\n", "not_a_video"),
+    ],
+)
+def test_what_is_no_video_is_refused(data, reason):
+    with pytest.raises(VideoRefused) as caught:
+        probe(io.BytesIO(data))
+    assert caught.value.reason == reason
+
+
+def test_audio_only_and_undecodable_files_are_refused():
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame(format="fltp", layout="stereo", samples=1024)
+        frame.rate = 44100
+        for plane in frame.planes:
+            plane.update(bytes(plane.buffer_size))
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(VideoRefused, match="no_video_stream"):
+        probe(io.BytesIO(buffer.getvalue()))
+    data = bytearray(encode(make_frames(30)))
+    body = data.find(b"mdat") + 8
+    data[body : data.find(b"moov") - 4] = bytes(data.find(b"moov") - 4 - body)
+    with pytest.raises(VideoRefused, match="undecodable"):
+        probe(io.BytesIO(bytes(data)))
+
+
+def test_a_missing_frame_is_never_replaced_by_a_neighbour():
+    data = encode(make_frames(20))
+    facts = probe(io.BytesIO(data))
+    with pytest.raises(VideoRefused, match="frames_missing: 1 of 3"):
+        decode_clip(io.BytesIO(data), facts.stream, np.array([*facts.pts[:2], facts.pts[5] + 1]), centre_crop(96, 64), 32)
+
+
+def test_tubelets_hold_every_pixel_in_raster_order():
+    clip = np.random.default_rng(0).integers(0, 256, (4, 48, 48, 3), dtype=np.uint8)
+    cut = tubelets(clip)
+    assert cut.shape == (2 * 3 * 3, 1536)
+    assert cut.flags.c_contiguous
+    token = cut[1 * 9 + 2 * 3 + 1].reshape(2, 16, 16, 3)  # second step, third row, second column
+    np.testing.assert_array_equal(token, clip[2:4, 32:48, 16:32])
+    np.testing.assert_array_equal(frame_patches(clip)[9 + 7].reshape(16, 16, 3), clip[1, 32:48, 16:32])
+
+
+def test_crops_cut_the_right_place():
+    image = np.zeros((64, 96, 3), np.uint8)
+    image[16:48, 32:64] = 200
+    inside = scale_image(image, Crop(32, 16, 32, 32, False), 16)
+    assert inside[2:-2, 2:-2].min() > 180
+    left = scale_image(image, Crop(16, 16, 32, 32, False), 32)
+    assert left[:, :14].max() < 20
+    assert left[2:-2, 18:-2].min() > 180
+    np.testing.assert_array_equal(scale_image(image, Crop(16, 16, 32, 32, True), 32), left[:, ::-1])
+
+
+def test_encoding_gives_equal_bytes_and_close_pictures():
+    frames = make_frames(10)
+    data = encode_video(frames, 5)
+    assert data == encode_video(frames, 5)
+    facts = probe(io.BytesIO(data))
+    decoded = decode_clip(io.BytesIO(data), facts.stream, facts.pts, Crop(0, 0, 64, 64, False), 64)
+    assert np.abs(decoded.astype(int) - frames[:, :, :64]).mean() < 20  # crf 20 and chroma at half size, on a hard texture
+
+
+@pytest.mark.skipif(not CLIPS, reason="JEPA_TEST_CLIPS names no folder of real clips")
+def test_real_clips_decode_exactly():
+    """Conformance: on every real file, frames in the middle equal a sequential decode, or the file is refused."""
+    refused, checked = [], 0
+    for path in sorted(Path(CLIPS).rglob("*")):
+        if path.suffix.lower() not in {".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".gif", ".ogv"} or path.stat().st_size > 4e6:
+            continue
+        data = path.read_bytes()
+        try:
+            facts = probe(io.BytesIO(data))
+            middle = len(facts.pts) // 2
+            pts = facts.pts[middle : middle + 12 : 3]
+            crop = centre_crop(facts.width, facts.height)
+            clip = decode_clip(io.BytesIO(data), facts.stream, pts, crop, 48)
+        except VideoRefused as refusal:
+            refused.append((path.name, refusal.reason))
+            continue
+        np.testing.assert_array_equal(clip, sequential(data, facts.stream, pts, crop, 48), err_msg=path.name)
+        checked += 1
+    assert checked >= 30
+    assert len(refused) <= 3, refused
