@@ -40,9 +40,7 @@ class TubeletEmbed(nn.Module):
             tubelets = torch.cat([tubelets, tubelets], dim=-1)
         if tubelets.shape[-1] != TUBELET_VALUES:
             raise ValueError(f"a tubelet has {TUBELET_VALUES} values (2x16x16x3), got {tubelets.shape[-1]}")
-        weight = self.proj.weight.permute(0, 2, 3, 4, 1).flatten(
-            1
-        )  # Conv3d keeps channels first, tubelets keep them last
+        weight = self.proj.weight.permute(0, 2, 3, 4, 1).flatten(1)  # Conv3d keeps channels first, tubelets keep them last
         return F.linear((tubelets.float() - self.mean) / self.std, weight, self.proj.bias)
 
 
@@ -85,8 +83,7 @@ def make_blocks(dim: int, depth: int, heads: int, mlp_ratio: float) -> nn.Module
         raise ValueError(f"width {dim} / {heads} heads = {dim // heads} channels a head: 3D RoPE needs at least 6")
     norm = _layer_norm
     blocks = [
-        EvaBlock(dim, heads, mlp_ratio=mlp_ratio, attn_type="rope", num_prefix_tokens=0, norm_layer=norm)
-        for _ in range(depth)
+        EvaBlock(dim, heads, mlp_ratio=mlp_ratio, attn_type="rope", num_prefix_tokens=0, norm_layer=norm) for _ in range(depth)
     ]
     return nn.ModuleList(blocks)
 

@@ -39,9 +39,7 @@ def draw_masks(config: MaskConfig, index: int, grid: Grid, seed: int, step: int,
 
 def _block_size(config: MaskConfig, grid: Grid, rng: np.random.Generator) -> tuple[int, int, int]:
     """(t, h, w) of one block, in tubelets: scale of the grid's area, then aspect ratio h / w."""
-    temporal, spatial, aspect = (
-        rng.uniform(*r) for r in (config.temporal_scale, config.spatial_scale, config.aspect_ratio)
-    )
+    temporal, spatial, aspect = (rng.uniform(*r) for r in (config.temporal_scale, config.spatial_scale, config.aspect_ratio))
     t = max(1, int(grid.t * temporal))
     area = int(grid.h * grid.w * spatial)
     h = int(np.clip(round((area * aspect) ** 0.5), 1, grid.h))
@@ -49,9 +47,7 @@ def _block_size(config: MaskConfig, grid: Grid, rng: np.random.Generator) -> tup
     return t, h, w
 
 
-def _keep_map(
-    num_blocks: int, size: tuple[int, int, int], grid: Grid, seed: int, sample: int, index: int
-) -> np.ndarray:
+def _keep_map(num_blocks: int, size: tuple[int, int, int], grid: Grid, seed: int, sample: int, index: int) -> np.ndarray:
     """Bool [N], True where a token stays context."""
     rng = generator(seed, Stream.MASK_POSITION, sample, index)
     limits = np.array([grid.t - size[0], grid.h - size[1], grid.w - size[2]]) + 1

@@ -46,9 +46,7 @@ def plan(predict: Predict, z: Tensor, state: Tensor, goal: Tensor, config: Plann
     z, goal: normalised tokens [P, D]; state: [7]. Samples are drawn around a Gaussian that moves to its elites.
     """
     if config.elites > config.samples:
-        raise ValueError(
-            f"planner.elites={config.elites} of planner.samples={config.samples}: elites cannot exceed samples"
-        )
+        raise ValueError(f"planner.elites={config.elites} of planner.samples={config.samples}: elites cannot exceed samples")
     bound = torch.tensor([config.max_step] * 3 + [config.max_gripper], device=z.device)
     mean = torch.zeros(config.horizon, len(SEARCHED), device=z.device)
     std = bound.expand_as(mean).clone()

@@ -93,9 +93,7 @@ def known_videos(ref: CatalogRef, source: str) -> pa.Table:
     return table.filter(pc.field("source") == source)
 
 
-def replace_source(
-    ref: CatalogRef, table_name: str, source: str, rows: Iterable[pa.RecordBatch], schema: pa.Schema
-) -> int:
+def replace_source(ref: CatalogRef, table_name: str, source: str, rows: Iterable[pa.RecordBatch], schema: pa.Schema) -> int:
     """Atomically replace all rows of a source; returns the new version. Streams: memory holds one batch."""
     uri = storage.join(ref.uri, table_name)
     reader = pa.RecordBatchReader.from_batches(schema, rows)
@@ -122,9 +120,7 @@ def _open(ref: CatalogRef, table_name: str) -> deltalake.DeltaTable:
     try:
         return deltalake.DeltaTable(uri, version=ref.version, storage_options=storage.delta_options(uri))
     except deltalake.exceptions.TableNotFoundError as error:
-        raise InputRefused(
-            f"{ref.uri} holds no catalog: run `jepa ingest source=... catalog={ref.uri}` first"
-        ) from error
+        raise InputRefused(f"{ref.uri} holds no catalog: run `jepa ingest source=... catalog={ref.uri}` first") from error
     except (deltalake.exceptions.DeltaError, OSError) as error:
         if ref.version is not None:
             raise UsageError(f"{ref}: no such version ({error}): leave @{ref.version} out for the newest") from error

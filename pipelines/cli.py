@@ -64,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JepaError as error:
         return _fail(reporter, str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail(
-            reporter, "interrupted: the same command continues where a checkpoint was committed", EXIT_INTERRUPTED
-        )
+        return _fail(reporter, "interrupted: the same command continues where a checkpoint was committed", EXIT_INTERRUPTED)
     except BrokenPipeError:
         return EXIT_OK
     finally:
@@ -84,9 +82,7 @@ def _run(arguments: list[str], reporter: Reporter) -> int:
     flags = {item for item in rest if item.startswith("-")}
     overrides = [item for item in rest if not item.startswith("-")]
     if unknown := flags - {"-h", "--help", "--dry-run"}:
-        raise UsageError(
-            f"unknown option {sorted(unknown)[0]}: options are written key=value; flags are --help and --dry-run"
-        )
+        raise UsageError(f"unknown option {sorted(unknown)[0]}: options are written key=value; flags are --help and --dry-run")
     if flags & {"-h", "--help"}:
         print(_help(name, verb))
         return EXIT_OK
@@ -129,9 +125,7 @@ def _overview() -> str:
 def _help(name: str, verb: Verb) -> str:
     presets = ", ".join(schema.preset_names(name)) or "none"
     doc = (verb.options.__doc__ or "").strip()
-    return "\n".join(
-        [doc, "", f"presets: {presets}  (smoke=true takes a preset's small twin)", "", *_options(verb.options)]
-    )
+    return "\n".join([doc, "", f"presets: {presets}  (smoke=true takes a preset's small twin)", "", *_options(verb.options)])
 
 
 def _options(options: type) -> list[str]:

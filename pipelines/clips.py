@@ -33,9 +33,7 @@ def clip_dataset(
         "max_replacements": data.max_replacements,
     }
     compute = ray.data.TaskPoolStrategy(size=data.decode_tasks) if data.decode_tasks else None
-    return blocks.map_batches(
-        decode_batch, batch_size=None, batch_format="numpy", num_cpus=1, compute=compute, fn_kwargs=kwargs
-    )
+    return blocks.map_batches(decode_batch, batch_size=None, batch_format="numpy", num_cpus=1, compute=compute, fn_kwargs=kwargs)
 
 
 def decode_batch(
@@ -59,9 +57,7 @@ def sample_clip(videos: pa.Table, n: int, clip: ClipConfig, seed: int, max_repla
             uri, frames = _decode(videos, row, n, attempt, clip, seed)
         except VideoRefused as refusal:
             uri = videos["uri"][row].as_py()
-            failures.append(
-                {"sample": n, "uri": uri, "reason": refusal.reason, "detail": refusal.detail, "attempt": attempt}
-            )
+            failures.append({"sample": n, "uri": uri, "reason": refusal.reason, "detail": refusal.detail, "attempt": attempt})
             continue
         except InputRefused as error:
             uri = videos["uri"][row].as_py()
@@ -74,9 +70,7 @@ def sample_clip(videos: pa.Table, n: int, clip: ClipConfig, seed: int, max_repla
             FAILURES: np.str_(json.dumps([{**f, "replaced_by": uri} for f in failures]) if failures else ""),
         }
     tried = ", ".join(f"{failure['uri']} ({failure['reason']})" for failure in failures)
-    raise InputRefused(
-        f"sample {n} and its {max_replacements} replacements do not decode: {tried}; ingest the catalog again"
-    )
+    raise InputRefused(f"sample {n} and its {max_replacements} replacements do not decode: {tried}; ingest the catalog again")
 
 
 def _decode(videos: pa.Table, row: int, n: int, attempt: int, clip: ClipConfig, seed: int) -> tuple[str, np.ndarray]:

@@ -168,9 +168,7 @@ class SweepConfig:
         if len(self.masks) < 2:
             raise UsageError(f"masks has {len(self.masks)} entries: a sweep compares at least two, see configs/sweep/")
         if self.probe.kind == "robot_state" and not self.probe.trajectories:
-            raise UsageError(
-                "probe.kind=robot_state needs probe.trajectories=URI; without robot data use probe.kind=retrieval"
-            )
+            raise UsageError("probe.kind=robot_state needs probe.trajectories=URI; without robot data use probe.kind=retrieval")
 
 
 @dataclass(frozen=True)
@@ -313,18 +311,14 @@ def read_preset(verb: str, name: str) -> dict[str, Any]:
             raise UsageError(f"preset={name}: {error}") from error
     known = preset_names(verb)
     if name not in known:
-        raise UsageError(
-            f"preset={name} does not exist for {verb}: choose from {', '.join(known) or 'none'}{_near(name, known)}"
-        )
+        raise UsageError(f"preset={name} does not exist for {verb}: choose from {', '.join(known) or 'none'}{_near(name, known)}")
     return yaml.safe_load(resources.files("configs").joinpath(verb, f"{name}.yaml").read_text("utf-8")) or {}
 
 
 def preset_names(verb: str) -> list[str]:
     """Names of the presets that ship for a verb."""
     folder = resources.files("configs").joinpath(verb)
-    return (
-        sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")) if folder.is_dir() else []
-    )
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")) if folder.is_dir() else []
 
 
 def to_yaml(config: Any) -> str:
@@ -375,9 +369,7 @@ def _first_line(error: Exception) -> str:
 
 def _check_clip(clip: ClipConfig) -> None:
     if clip.num_frames < TUBELET_SIZE or clip.num_frames % TUBELET_SIZE:
-        raise UsageError(
-            f"clip.num_frames={clip.num_frames} must be a positive multiple of the tubelet's {TUBELET_SIZE} frames"
-        )
+        raise UsageError(f"clip.num_frames={clip.num_frames} must be a positive multiple of the tubelet's {TUBELET_SIZE} frames")
     if clip.crop_size < PATCH_SIZE or clip.crop_size % PATCH_SIZE:
         raise UsageError(f"clip.crop_size={clip.crop_size} must be a positive multiple of the patch size {PATCH_SIZE}")
     if clip.fps <= 0:
@@ -389,18 +381,14 @@ def _check_train(train: TrainConfig) -> None:
     if train.steps < 1:
         raise UsageError(f"train.steps={train.steps} must be at least 1")
     if train.batch_size < 1 or train.batch_size % workers:
-        raise UsageError(
-            f"train.batch_size={train.batch_size} must be a positive multiple of train.num_workers={workers}"
-        )
+        raise UsageError(f"train.batch_size={train.batch_size} must be a positive multiple of train.num_workers={workers}")
     if train.checkpoint_every < 1 or train.log_every < 1:
         raise UsageError("train.checkpoint_every and train.log_every must be at least 1")
 
 
 def _check_heads(name: str, dim: int, heads: int) -> None:
     if heads < 1 or dim % heads or dim // heads < 6:
-        raise UsageError(
-            f"{name}.dim={dim} with {name}.heads={heads}: heads must divide dim and leave at least 6 channels each"
-        )
+        raise UsageError(f"{name}.dim={dim} with {name}.heads={heads}: heads must divide dim and leave at least 6 channels each")
 
 
 def _check_mask(name: str, mask: MaskConfig) -> None:

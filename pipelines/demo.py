@@ -54,7 +54,12 @@ def _stages(folder: Path, videos: str) -> list[tuple[str, str, list[str]]]:
         (
             "post-train",
             "post-train",
-            ["preset=demo", f"trajectories={trajectories}", f"encoder={folder}/pretrain", f"run.dir={folder}/post-train"],
+            [
+                "preset=demo",
+                f"trajectories={trajectories}",
+                f"encoder={folder}/pretrain",
+                f"run.dir={folder}/post-train",
+            ],
         ),
         ("plan", "plan", ["preset=demo", f"model={folder}/post-train", f"run.dir={folder}/plan"]),
         ("report", "report", [f"run={folder}"]),
@@ -118,5 +123,3 @@ def _summary(results: dict[str, dict[str, Any]]) -> list[tuple[str, str, float]]
         "report": results["report"]["report"],
     }
     return [(stage, text, round(results[stage]["seconds"], 1)) for stage, text in texts.items()]
-
-

@@ -95,6 +95,8 @@ def probe_batch(batch: pa.Table, source: str) -> pa.Table:
 
 def _probe_row(row: dict[str, Any], source: str) -> dict[str, Any]:
     base = {**row, "source": source, "stage": STAGE}
+    if row["size"] == 0:
+        return {**base, "reason": "empty", "detail": "the file has no bytes"}
     try:
         with storage.open_file(row["uri"]) as file:
             facts = probe(file)

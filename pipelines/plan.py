@@ -111,9 +111,7 @@ class _Player:
                             "seconds_per_action": seconds})  # fmt: skip
         return results
 
-    def _episode(
-        self, policy: Callable[[], np.ndarray], goal: np.ndarray, film: list[np.ndarray]
-    ) -> tuple[list[float], float]:
+    def _episode(self, policy: Callable[[], np.ndarray], goal: np.ndarray, film: list[np.ndarray]) -> tuple[list[float], float]:
         import time
 
         distances = [float(np.linalg.norm(self.env.state()[:3] - goal))]
@@ -151,9 +149,7 @@ class _Player:
         def act() -> np.ndarray:
             state = torch.from_numpy(self.env.state()).float()
             with torch.autocast("cpu", torch.bfloat16):
-                found = plan(
-                    self.world.predict, self._tokens(self.env.render()), state, target, self.config.planner, noise
-                )
+                found = plan(self.world.predict, self._tokens(self.env.render()), state, target, self.config.planner, noise)
             return found.actions[0].double().numpy()
 
         return act

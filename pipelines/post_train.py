@@ -124,9 +124,7 @@ def split_episodes(episodes: Any, holdout: float) -> tuple[Any, Any]:
     """(training, held-out) rows: the last share of the episodes, at least one, is never trained on."""
     kept = max(1, round(episodes.num_rows * holdout))
     if kept >= episodes.num_rows:
-        raise InputRefused(
-            f"{episodes.num_rows} usable episodes leave none to train on with holdout={holdout}: record more"
-        )
+        raise InputRefused(f"{episodes.num_rows} usable episodes leave none to train on with holdout={holdout}: record more")
     return episodes.slice(0, episodes.num_rows - kept), episodes.slice(episodes.num_rows - kept)
 
 

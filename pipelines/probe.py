@@ -111,24 +111,17 @@ def _video_thirds(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
             continue
         try:
             with storage.open_file(entry["uri"]) as file:
-                clips = [
-                    _clip(file, entry, pts[part], times[part], crop, config)
-                    for part in (slice(third), slice(-third, None))
-                ]
+                clips = [_clip(file, entry, pts[part], times[part], crop, config) for part in (slice(third), slice(-third, None))]
         except VideoRefused:
             continue  # a probe may leave a video out; training may not, and there it is a quarantine row
         for half, cut in zip(halves, clips, strict=True):
             half.append(cut)
     if len(halves[0]) < 2:
-        raise InputRefused(
-            f"{config.catalog}: the retrieval probe needs at least 2 readable videos, found {len(halves[0])}"
-        )
+        raise InputRefused(f"{config.catalog}: the retrieval probe needs at least 2 readable videos, found {len(halves[0])}")
     return ProbeData(np.stack(halves[0] + halves[1]), clip_grid(config.clip), None, len(halves[0]))
 
 
-def _clip(
-    file: Any, entry: dict[str, Any], pts: np.ndarray, times: np.ndarray, crop: Any, config: PretrainConfig
-) -> np.ndarray:
+def _clip(file: Any, entry: dict[str, Any], pts: np.ndarray, times: np.ndarray, crop: Any, config: PretrainConfig) -> np.ndarray:
     file.seek(0)
     chosen = pts[clip_frames(times, config.clip.num_frames, config.clip.fps, 0.5)]
     return tubelets(decode_clip(file, entry["stream"], chosen, crop, config.clip.crop_size))

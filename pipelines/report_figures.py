@@ -176,9 +176,7 @@ def rollout(numbers: Mapping[str, Sequence[float]], alt: str) -> Markup:
         ax = figure.subplots()
         for series in shown:
             if numbers.get(series.key):
-                ax.plot(
-                    numbers["horizon"], numbers[series.key], marker="o", ms=4, color=series.colour, label=series.label
-                )
+                ax.plot(numbers["horizon"], numbers[series.key], marker="o", ms=4, color=series.colour, label=series.label)
         _legend(ax)
         ax.set_xlabel("steps ahead")
         ax.set_ylim(bottom=0)
@@ -226,9 +224,7 @@ def _svg(figure: Figure, alt: str) -> Markup:
     size = re.search(r'viewBox="[^"]*"', text)
     assert size is not None
     body = text[text.index(">", text.index("<svg")) + 1 :]
-    body = re.sub(
-        r"<style.*?</style>", "", body, flags=re.DOTALL
-    )  # would apply to the whole page; it has the same rule
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # would apply to the whole page; it has the same rule
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # the same in every figure; nothing refers to groups
     for colour, name in CSS_COLOURS.items():
         body = body.replace(colour, f"var(--{name})")

@@ -28,9 +28,7 @@ SPEED = (
 SCHEDULE = ([Series("lr", "learning rate", MUTED)], [Series("grad_norm", "gradient norm before clipping", PURPLE)])
 SPEED_CAPTION = "Throughput, and the share of each interval in which the training waited for data. Waiting above a few per "\
     "cent after the start means that decoding is the bottleneck."  # fmt: skip
-SCHEDULE_CAPTION = (
-    "Learning rate as scheduled, and the gradient norm. Spikes of the norm announce trouble earlier than the loss."
-)
+SCHEDULE_CAPTION = "Learning rate as scheduled, and the gradient norm. Spikes of the norm announce trouble earlier than the loss."
 
 
 def build_section(run_dir: str, kind: str, config: Row) -> Section:
@@ -60,9 +58,7 @@ def _training(section: Section) -> list[Row]:
     if not found:
         section.notes.append(f"{NOT_YET} no checkpoint is committed.")
     if reached < steps:
-        section.notes.append(
-            f"Training stands at step {reached:,} of {steps:,}; the command that began it continues it."
-        )
+        section.notes.append(f"Training stands at step {reached:,} of {steps:,}; the command that began it continues it.")
     if not rows:
         section.notes.append(f"{NOT_YET} the run has no metrics.")
     return rows
@@ -140,9 +136,7 @@ def mask_examples(run_dir: str) -> list[Picture]:
     if not videos.num_rows:
         raise InputRefused(f"{config.catalog} holds no video")
     grid = pretrain.clip_grid(config.clip)
-    batch = range(
-        config.train.batch_size // max(1, config.train.num_workers)
-    )  # masks are cut to equal length per worker
+    batch = range(config.train.batch_size // max(1, config.train.num_workers))  # masks are cut to equal length per worker
     drawn = [draw_masks(mask, i, grid, config.seed, 0, batch) for i, mask in enumerate(config.model.masks)]
     pictures = []
     for n in batch[:SAMPLES_SHOWN]:
@@ -172,9 +166,7 @@ def _catalog(section: Section, group: Group) -> None:
     refused = catalog.read_quarantine(ref).to_pylist()
     hours = sum(videos["duration"].to_pylist()) / 3600
     length = f"{hours:.3g} hours" if hours >= 1 else f"{hours * 60:.3g} minutes"
-    group.intro = (
-        f"Catalog {ref}: {videos.num_rows:,} videos of together {length}, {len(refused):,} files refused at ingest."
-    )
+    group.intro = f"Catalog {ref}: {videos.num_rows:,} videos of together {length}, {len(refused):,} files refused at ingest."
     section.cards.append(Card("videos", f"{videos.num_rows:,}", f"{len(refused):,} refused at ingest"))
     reasons = Counter(row["reason"] for row in refused).most_common()
     rows = [[reason, f"{n:,}", next(row["uri"] for row in refused if row["reason"] == reason)] for reason, n in reasons]
@@ -214,9 +206,7 @@ def _sweep(section: Section) -> None:
         return
     metric, ranking, rows, controls = result["probe"]["metric"], result["ranking"], result["rows"], result["controls"]
     best = ranking[0]
-    section.lead += (
-        " Ranked by the frozen probe: losses under different masks are not comparable, a harder mask costs more."
-    )
+    section.lead += " Ranked by the frozen probe: losses under different masks are not comparable, a harder mask costs more."
     section.cards += [Card("winner", str(result["winner"])), Card("its score", number(best["mean"]), metric)]
     section.cards += [Card(name, number(value), "control") for name, value in controls.items()]
     section.cards.append(Card("trials", str(len(rows)), f"{len(ranking)} mask settings"))
@@ -240,10 +230,7 @@ def _ranking_table(ranking: list[Row], rows: list[Row]) -> Table:
     cells = []
     for place, entry in enumerate(ranking, 1):
         of_name = [row for row in rows if row["name"] == entry["name"]]
-        means = [
-            statistics.fmean(row[key] for row in of_name)
-            for key in ("target_ratio", "context_ratio", "loss", "trivial")
-        ]
+        means = [statistics.fmean(row[key] for row in of_name) for key in ("target_ratio", "context_ratio", "loss", "trivial")]
         score = [number(entry["mean"]), number(entry["sd"]), str(entry["n"])]
         cells.append([str(place), entry["name"], *score, percent(means[0]), percent(means[1]), *map(number, means[2:])])
     columns = ("", "masks", "score", "sd", "seeds", "target", "context", "loss", "mean predictor")
@@ -291,9 +278,7 @@ def _rollouts(section: Section, group: Group) -> None:
 
 def _plan(section: Section) -> None:
     tree = section.config
-    section.lead = (
-        f"Planning to goal images in the simulated robot, {tree['episodes']} episodes of {tree['steps']} actions."
-    )
+    section.lead = f"Planning to goal images in the simulated robot, {tree['episodes']} episodes of {tree['steps']} actions."
     result = _result(section)
     if result is None:
         section.notes.append(f"{NOT_YET} the run has no result.")

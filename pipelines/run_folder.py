@@ -90,13 +90,9 @@ def begin(run: RunConfig, config: Any) -> int:
     storage.check_bucket(run_dir)
     found = latest_checkpoint(run_dir)
     if found is None and run.resume == "must":
-        raise InputRefused(
-            f"run.resume=must, but {run_dir} holds no committed checkpoint: use run.resume=auto to start"
-        )
+        raise InputRefused(f"run.resume=must, but {run_dir} holds no committed checkpoint: use run.resume=auto to start")
     if found is not None and run.resume == "never":
-        raise UsageError(
-            f"{run_dir} already holds step {found.step}: use run.resume=auto to continue, or another run.dir"
-        )
+        raise UsageError(f"{run_dir} already holds step {found.step}: use run.resume=auto to continue, or another run.dir")
     new = to_yaml(config)
     if found is not None:
         _refuse_other_run(run_dir, yaml.safe_load(new))
@@ -127,9 +123,7 @@ def _refuse_other_run(run_dir: str, new: dict[str, Any]) -> None:
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(tree, dict):
-        return {
-            k: v for name, value in tree.items() for k, v in _flatten(value, f"{prefix}.{name}".lstrip(".")).items()
-        }
+        return {k: v for name, value in tree.items() for k, v in _flatten(value, f"{prefix}.{name}".lstrip(".")).items()}
     return {prefix: tree}
 
 
@@ -148,9 +142,7 @@ def provenance() -> dict[str, Any]:
 def _git_revision() -> str | None:
     try:
         here = Path(__file__).parent
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=5
-        )
+        result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None
@@ -185,9 +177,7 @@ def _first_step(uri: str) -> int:
 
 def write_json(run_dir: str, name: str, value: Any) -> None:
     """One JSON object of a run."""
-    storage.write_bytes(
-        storage.join(storage.normalize(run_dir), name), json.dumps(value, indent=1, default=float).encode()
-    )
+    storage.write_bytes(storage.join(storage.normalize(run_dir), name), json.dumps(value, indent=1, default=float).encode())
 
 
 def read_json(run_dir: str, name: str) -> Any | None:

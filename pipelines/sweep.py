@@ -16,6 +16,8 @@ from pipelines.progress import Reporter
 
 TRIALS = "trials"
 TUNE = "tune"
+DRIVER_CPUS = 0.01
+"""A trial's Tune process only waits; its task takes the CPUs."""
 
 
 def run(config: SweepConfig, reporter: Reporter) -> dict[str, Any]:
@@ -78,76 +80,80 @@ def _run_trials(config: SweepConfig, run_dir: str, data: Any, reporter: Reporter
     import ray
     from ray import tune
 
-    class Done(tune.Callback):
-        """Counts finished trials on the terminal."""
+    from pipelines.relay import Relay
 
-        finished = 0
-
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            Done.finished += 1
-            reporter.advance(Done.finished, score=trial.last_result.get("score", float("nan")))
-
-    missing = [
-        key for key in _keys(config) if run_folder.read_json(_trial_dir(run_dir, *key), run_folder.RESULT) is None
-    ]
+    missing = [key for key in _keys(config) if run_folder.read_json(_trial_dir(run_dir, *key), run_folder.RESULT) is None]
     if not missing:
         return
     reporter.start("sweep", len(missing), "trials")
     filesystem, path = storage.arrow_filesystem(storage.join(run_dir, TUNE))
-    trial = tune.with_parameters(_trial, data=ray.put(data))
-    space = {
-        "trial": tune.grid_search([(name, seed, trial_config(config, run_dir, name, seed)) for name, seed in missing])
-    }
-    results = tune.Tuner(
-        tune.with_resources(trial, {"cpu": config.cpus_per_trial}),
+    done = 0
+
+    def show(line: dict[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        reporter.advance(done, **line)
+
+    relay = Relay(show)
+    trial = tune.with_parameters(_trial, data=ray.put(data), sink=relay.sink, cpus=config.cpus_per_trial)
+    space = {"trial": tune.grid_search([(name, seed, trial_config(config, run_dir, name, seed)) for name, seed in missing])}
+    tuner = tune.Tuner(
+        tune.with_resources(trial, {"cpu": DRIVER_CPUS}),
         param_space=space,
-        tune_config=tune.TuneConfig(
-            metric="score", mode="max", max_concurrent_trials=config.concurrency, reuse_actors=True
-        ),
+        tune_config=tune.TuneConfig(metric="score", mode="max", max_concurrent_trials=config.concurrency, reuse_actors=True),
         run_config=tune.RunConfig(
-            name=f"sweep-{os.urandom(3).hex()}",
-            storage_path=path,
-            storage_filesystem=filesystem,
-            verbose=0,
-            callbacks=[Done()],
+            name=f"sweep-{os.urandom(3).hex()}", storage_path=path, storage_filesystem=filesystem, verbose=0
         ),
-    ).fit()
+    )
+    with relay:
+        results = tuner.fit()
     reporter.stop()
     for error in results.errors:
-        if isinstance(error, JepaError):
-            raise error
-        raise Retryable(
-            f"a trial failed: {str(error).strip().splitlines()[-1]}; the same command runs the missing trials again"
-        )
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, JepaError):
+            raise cause
+        raise Retryable(f"a trial failed: {str(error).strip().splitlines()[-1]}; the same command runs the missing trials again")
 
 
-def _trial(space: dict[str, Any], data: Any) -> None:
-    """One trial, in a process of Tune's: pretrain, probe, report."""
+def _trial(space: dict[str, Any], data: Any, sink: Any, cpus: float) -> None:
+    """What Tune runs: hands the trial to a Ray task and reports its score.
+
+    Ray Train refuses to run inside a function of Tune's, and a worker group under Tune leaks its placement group (ray#54305);
+    a task has neither trouble, and its process, torch imported, serves the next trial too.
+    """
     import ray
     from ray import tune
-
-    from pipelines import probe
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     name, seed, config = space["trial"]
+    outside = PlacementGroupSchedulingStrategy(placement_group=None)  # not within the slot of this waiting process
+    task = ray.remote(num_cpus=cpus, scheduling_strategy=outside)(_train_and_probe)
+    result = ray.get(task.remote(name, seed, config, data))
+    sink.push.remote({"trial": f"{name}-s{seed}", "score": result["score"]})
+    tune.report({"score": result["score"], "loss": result["loss"]})
+
+
+def _train_and_probe(name: str, seed: int, config: PretrainConfig, data: Any) -> dict[str, Any]:
+    """One trial: pretrain in this process, probe the target encoder, leave the result in the trial's folder."""
+    from pipelines import probe
+
     with open(os.devnull, "w") as silence:
         pretrain.run(config, Reporter(silence))
     encoder, _ = pretrain.load_encoder(config.run.dir)
     lines = run_folder.read_parts(config.run.dir, run_folder.METRICS)
-    ratios = {kind: [line[f"{kind}_ratio_{i}"] for line in lines for i in range(len(config.model.masks))]
-              for kind in ("context", "target")}  # fmt: skip
-    value = data if isinstance(data, probe.ProbeData) else ray.get(data)
+    masks = range(len(config.model.masks))
     result = {
         "name": name,
         "seed": seed,
-        "score": probe.score(encoder, value),
+        "score": probe.score(encoder, data),
         "loss": lines[-1]["loss"],
         "trivial": lines[-1]["trivial"],
-        "context_ratio": statistics.fmean(ratios["context"]),
-        "target_ratio": statistics.fmean(ratios["target"]),
+        "context_ratio": statistics.fmean(line[f"context_ratio_{i}"] for line in lines for i in masks),
+        "target_ratio": statistics.fmean(line[f"target_ratio_{i}"] for line in lines for i in masks),
         "run": config.run.dir,
     }
     run_folder.write_json(config.run.dir, run_folder.RESULT, result)
-    tune.report({"score": result["score"], "loss": result["loss"]})
+    return result
 
 
 def _random_score(config: PretrainConfig, data: Any) -> float:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from pipelines import run_folder, storage
 from pipelines.config import TrainConfig
 from pipelines.errors import InputRefused, JepaError, Retryable, UsageError
 from pipelines.progress import Reporter
+from pipelines.relay import Relay
 
 Rows = dict[str, np.ndarray]
 SAMPLE = "sample"
@@ -36,6 +37,8 @@ SAMPLE = "sample"
 FAILURES = "failures"
 """Column of JSON texts [B]: the videos that failed before this sample's own, with reasons."""
 COLLECTIVE_TIMEOUT_S = 300
+SHOWN = ("loss", "trivial", "clips_per_s", "data_wait")
+"""Numbers beside the progress bar."""
 
 
 class Task(Protocol):
@@ -69,23 +72,6 @@ class Loop:
     sink: Any = field(default=None)
 
 
-@ray.remote(num_cpus=0)
-class ProgressSink:
-    """Carries log lines from the first worker to the driver's terminal."""
-
-    def __init__(self) -> None:
-        self.lines: list[dict[str, Any]] = []
-
-    def push(self, line: dict[str, Any]) -> None:
-        """Add one line."""
-        self.lines.append(line)
-
-    def drain(self) -> list[dict[str, Any]]:
-        """Take all lines that have come in."""
-        lines, self.lines = self.lines, []
-        return lines
-
-
 def fit(loop: Loop, make_dataset: Callable[[int], ray.data.Dataset], stage: str, reporter: Reporter) -> dict[str, Any]:
     """Train to `train.steps`, continuing from the last committed checkpoint. Returns the last metrics line.
 
@@ -94,12 +80,14 @@ def fit(loop: Loop, make_dataset: Callable[[int], ray.data.Dataset], stage: str,
     """
     workers = max(1, loop.train.num_workers)
     _check_slots(workers, loop.train)
-    sink = ProgressSink.remote()
-    loop = Loop(loop.make_task, loop.train, loop.optim, loop.run_dir, loop.seed, sink)
+    relay = Relay(lambda line: reporter.advance(line["step"], **{key: line[key] for key in SHOWN if key in line}))
+    loop = replace(loop, sink=relay.sink)
 
     def remaining() -> ray.data.Dataset:
         found = run_folder.latest_checkpoint(loop.run_dir)
-        return make_dataset(found.step if found else 0)
+        dataset = make_dataset(found.step if found else 0)
+        dataset.context.execution_options.preserve_order = True  # without a worker group, Train's DataConfig is not asked
+        return dataset
 
     options = ray.data.ExecutionOptions(preserve_order=True)
     filesystem, path = storage.arrow_filesystem(loop.run_dir)
@@ -123,13 +111,14 @@ def fit(loop: Loop, make_dataset: Callable[[int], ray.data.Dataset], stage: str,
         dataset_config=ray.train.DataConfig(execution_options=options),
     )
     reporter.start(stage, loop.train.steps, "steps")
-    with _following(sink, reporter):
+    with relay:
         try:
             result = trainer.fit()
         except JepaError:
             raise
         except Exception as error:
             raise _worker_error(error) from error
+    reporter.stop()
     if loop.train.num_workers == 0 and result.checkpoint:
         run_folder.commit_local(loop.run_dir, result.checkpoint.path, loop.train.steps)
         shutil.rmtree(result.checkpoint.path, ignore_errors=True)
@@ -165,15 +154,11 @@ def train_worker(config: dict[str, Any]) -> None:
             loss, numbers = model(*task.tensors(rows, step))
         _refuse_non_finite(loss, rows, step)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(
-            [p for p in task.module.parameters() if p.grad is not None], loop.optim.clip_grad
-        )
+        norm = nn.utils.clip_grad_norm_([p for p in task.module.parameters() if p.grad is not None], loop.optim.clip_grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         task.after_step()
-        log.step(
-            step, rows, waited, {"loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], **numbers}
-        )
+        log.step(step, rows, waited, {"loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], **numbers})
         done = step + 1
         if done % loop.train.checkpoint_every == 0 or done == loop.train.steps:
             log.flush(done)
@@ -187,9 +172,7 @@ def _batches(start: int, per_rank: int, batch_size: int) -> Iterator[tuple[int, 
     for offset, rows in enumerate(shard.iter_batches(batch_size=per_rank, batch_format="numpy", prefetch_batches=2)):
         step = start + offset
         if (rows[SAMPLE] // batch_size != step).any():
-            raise RuntimeError(
-                f"step {step} received samples {rows[SAMPLE].tolist()}: data and checkpoint are out of step"
-            )
+            raise RuntimeError(f"step {step} received samples {rows[SAMPLE].tolist()}: data and checkpoint are out of step")
         yield step, rows, time.perf_counter() - before
         before = time.perf_counter()
 
@@ -285,32 +268,3 @@ def _worker_error(error: Exception) -> JepaError:
                 return type(inner)(str(inner.args[0] if inner.args else inner))
     text = str(seen[-1]).strip().splitlines()
     return Retryable(f"training stopped: {text[-1] if text else type(error).__name__}; the same command continues it")
-
-
-class _following:  # noqa: N801 (a context manager, used like a function)
-    """Shows the sink's lines while the block runs."""
-
-    def __init__(self, sink: Any, reporter: Reporter) -> None:
-        import threading
-
-        self.sink, self.reporter = sink, reporter
-        self.finished = threading.Event()
-        self.thread = threading.Thread(target=self._follow, daemon=True)
-
-    def _follow(self) -> None:
-        while not self.finished.wait(0.5):
-            self._show()
-        self._show()
-
-    def _show(self) -> None:
-        for line in ray.get(self.sink.drain.remote()):
-            shown = {k: line[k] for k in ("loss", "trivial", "clips_per_s", "data_wait") if k in line}
-            self.reporter.advance(line["step"], **shown)
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.finished.set()
-        self.thread.join(timeout=10)
-        self.reporter.stop()

@@ -60,9 +60,7 @@ def index_episodes(root: str, time_base: str, min_seconds: float) -> pa.Table:
     table = pa.concat_tables(batches).sort_by("uri")
     if not usable(table).num_rows:
         first = table.to_pylist()[0]
-        raise InputRefused(
-            f"no usable episode below {root}: the first was refused for {first['reason']} ({first['detail']})"
-        )
+        raise InputRefused(f"no usable episode below {root}: the first was refused for {first['reason']} ({first['detail']})")
     return table
 
 
@@ -104,9 +102,7 @@ def trajectory_dataset(
         "first": first,
     }
     compute = ray.data.TaskPoolStrategy(size=data.decode_tasks) if data.decode_tasks else None
-    return blocks.map_batches(
-        _decode_batch, batch_size=None, batch_format="numpy", num_cpus=1, compute=compute, fn_kwargs=kwargs
-    )
+    return blocks.map_batches(_decode_batch, batch_size=None, batch_format="numpy", num_cpus=1, compute=compute, fn_kwargs=kwargs)
 
 
 def sample_trajectory(episodes: pa.Table, n: int, num_frames: int, fps: float, seed: int) -> tuple[int, np.ndarray]:

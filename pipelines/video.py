@@ -183,9 +183,7 @@ def _decoded(packet: av.Packet) -> list[av.VideoFrame]:
         return []
 
 
-def _decode(
-    file: IO[bytes], stream_index: int, wanted: set[int], crop: Crop, size: int, *, fast: bool
-) -> dict[int, np.ndarray]:
+def _decode(file: IO[bytes], stream_index: int, wanted: set[int], crop: Crop, size: int, *, fast: bool) -> dict[int, np.ndarray]:
     """Decode from the key frame before the first wanted frame (fast) or from the start, until all wanted are seen."""
     found: dict[int, np.ndarray] = {}
     with _opened(file) as (container, _):

@@ -20,7 +20,9 @@ def test_the_arrows_point_from_cluster_to_pipelines_to_jepa_core():
 def test_jepa_core_imports_without_the_pipeline_libraries():
     modules = [f"jepa_core.{path.stem}" for path in (ROOT / "jepa_core").glob("*.py") if path.stem != "__init__"]
     banned = ("ray", "av", "pyarrow", "omegaconf", "boto3", "s3fs", "h5py", "mujoco", "pipelines")
-    code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; print(sorted(set({banned}) & set(sys.modules)))"
+    code = (
+        f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; print(sorted(set({banned}) & set(sys.modules)))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 

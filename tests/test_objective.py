@@ -130,7 +130,7 @@ def test_the_same_noise_gives_the_same_plan():
 
 
 def test_more_elites_than_samples_is_refused():
-    with pytest.raises(ValueError, match="elites=10 of planner.samples=5"):
+    with pytest.raises(ValueError, match=r"elites=10 of planner.samples=5"):
         plan(toy_world, torch.zeros(1, 3), torch.zeros(7), torch.zeros(1, 3), PlannerConfig(samples=5), torch.Generator())
 
 

@@ -216,9 +216,7 @@ def test_pictures_and_films_are_inlined(demo: tuple[Path, dict, str]) -> None:
     _, _, page = demo
     assert page.count('<svg class="plot"') == 4 + 2 + 4 + 2
     assert page.count("data:video/mp4;base64,") == 1
-    assert (
-        page.count("data:image/png;base64,") == 2 * 2 + 1
-    )  # two samples, the clip and one mask each, and a film strip
+    assert page.count("data:image/png;base64,") == 2 * 2 + 1  # two samples, the clip and one mask each, and a film strip
     assert len(re.findall(r"mask 1: context \d+%, target \d+%", page)) == 2
 
 

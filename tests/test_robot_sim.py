@@ -231,9 +231,7 @@ def test_parallel_recording_gives_the_same_bytes_as_one_process(tmp_path):
         ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
     try:
         seen = []
-        uris = record(
-            str(tmp_path), episodes=3, seconds=0.5, seed=2, config=CONFIG, header_fps=60, on_episode=seen.append
-        )
+        uris = record(str(tmp_path), episodes=3, seconds=0.5, seed=2, config=CONFIG, header_fps=60, on_episode=seen.append)
     finally:
         if started:
             ray.shutdown()

@@ -136,7 +136,10 @@ def test_real_clips_decode_exactly():
     """Conformance: on every real file, frames in the middle equal a sequential decode, or the file is refused."""
     refused, checked = [], 0
     for path in sorted(Path(CLIPS).rglob("*")):
-        if path.suffix.lower() not in {".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".gif", ".ogv"} or path.stat().st_size > 4e6:
+        if (
+            path.suffix.lower() not in {".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg", ".gif", ".ogv"}
+            or path.stat().st_size > 4e6
+        ):
             continue
         data = path.read_bytes()
         try:

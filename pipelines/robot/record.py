@@ -129,9 +129,7 @@ def record(
 class _Recorder:
     """Ray actor: one environment and one GL context per process."""
 
-    def __init__(
-        self, root: str, seconds: float, config: SimConfig, header_fps: float | None, cameras: tuple[str, ...]
-    ) -> None:
+    def __init__(self, root: str, seconds: float, config: SimConfig, header_fps: float | None, cameras: tuple[str, ...]) -> None:
         self._root, self._seconds, self._header_fps, self._cameras = root, seconds, header_fps, cameras
         self._config = config
         self._env: PandaEnv | None = None
@@ -153,9 +151,7 @@ def _play(env: PandaEnv, seed: int, seconds: float, cameras: tuple[str, ...]) ->
         raise UsageError(f"{seconds} s at {hz} Hz is {num_frames} frames: record at least two")
     env.reset(seed)
     play = RandomPlay(np.random.default_rng([seed, 2]), hz)
-    frames = {
-        camera: np.empty((num_frames, env.config.image_size, env.config.image_size, 3), np.uint8) for camera in cameras
-    }
+    frames = {camera: np.empty((num_frames, env.config.image_size, env.config.image_size, 3), np.uint8) for camera in cameras}
     extrinsics = {camera: np.empty((num_frames, 6)) for camera in cameras}
     states, actions, targets = (np.empty((num_frames, 7)) for _ in range(3))
     joints = np.empty((num_frames, 3, 7))

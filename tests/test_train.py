@@ -1,0 +1,147 @@
+"""Pretraining on Ray Train: two workers, exact resume after kill -9, refusals."""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import events, jepa
+
+from pipelines import pretrain, run_folder
+from pipelines.config import PretrainConfig, load
+from pipelines.errors import InputRefused, UsageError
+
+pytestmark = pytest.mark.ray
+
+SMOKE = ["preset=demo", "smoke=true", "train.precision=fp32"]
+COMPARED = ("step", "loss", "trivial", "grad_norm", "lr", "feature_std", "context_ratio_0", "target_ratio_1")
+
+
+def settings(catalog_uri: str, run_dir: Path, *more: str) -> PretrainConfig:
+    return load(PretrainConfig, "pretrain", [*SMOKE, f"catalog={catalog_uri}", f"run.dir={run_dir}", *more])
+
+
+def trace(run_dir: Path) -> list[list[str]]:
+    """Every step's numbers, floats in full precision."""
+    return [[repr(line[key]) for key in COMPARED] for line in run_folder.read_parts(str(run_dir), run_folder.METRICS)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(catalog_uri, reporter, tmp_path_factory) -> Path:
+    """Eight steps on two DDP workers, without any trouble."""
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    pretrain.run(settings(catalog_uri, run_dir, "train.steps=8", "train.num_workers=2"), reporter)
+    return run_dir
+
+
+def test_two_workers_train_and_every_step_is_logged_once(unbroken):
+    lines = run_folder.read_parts(str(unbroken), run_folder.METRICS)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all(0 < line["loss"] < 2 and line["rank_me"] > 1 for line in lines)
+    assert run_folder.latest_checkpoint(str(unbroken)).step == 8
+    encoder, config = pretrain.load_encoder(str(unbroken))
+    assert config.catalog.rpartition("@")[2].isdigit(), "the catalog's version is pinned"
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_a_run_stopped_and_resumed_equals_the_unbroken_run_bit_for_bit(unbroken, catalog_uri, reporter, tmp_path):
+    from dataclasses import replace
+
+    config = settings(catalog_uri, tmp_path / "run", "train.steps=8", "train.num_workers=2")
+    half = replace(config, train=replace(config.train, steps=4))
+    pretrain.run(half, reporter)
+    assert run_folder.latest_checkpoint(str(tmp_path / "run")).step == 4
+    pretrain.run(config, reporter)
+    assert trace(tmp_path / "run") == trace(unbroken)
+
+
+def test_kill_9_of_a_worker_and_of_the_driver_loses_and_repeats_nothing(unbroken, catalog_uri, tmp_path):
+    """SIGKILL a train worker once, then the whole driver, then run the same command: the same losses to the last bit."""
+    run_dir = tmp_path / "run"
+    arguments = [
+        "pretrain",
+        *SMOKE,
+        f"catalog={catalog_uri}",
+        f"run.dir={run_dir}",
+        "train.steps=8",
+        "train.num_workers=2",
+    ]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    marker = f"JEPA_TEST_MARKER={secrets.token_hex(8)}"
+    environment |= dict([marker.split("=")])
+    command = [sys.executable, "-m", "pipelines.cli", *arguments]
+    driver = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    killed_worker = False
+    deadline = time.monotonic() + 200
+    while driver.poll() is None and time.monotonic() < deadline:
+        found = run_folder.latest_checkpoint(str(run_dir))
+        if found and not killed_worker:
+            killed_worker = kill_one_worker(marker)
+        if found and killed_worker and found.step >= 4:
+            break
+        time.sleep(0.05)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert killed_worker
+    result = jepa(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert trace(run_dir) == trace(unbroken)
+    again = jepa(*arguments)
+    assert again.returncode == 0
+    assert events(again)[-1]["step"] == 8, "a finished run returns at once"
+
+
+def kill_one_worker(marker: str) -> bool:
+    """SIGKILL one Ray Train worker of the run whose environment holds the marker."""
+    for folder in Path("/proc").iterdir():
+        try:
+            if b"RayTrainWorker" in (folder / "cmdline").read_bytes() and marker.encode() in (folder / "environ").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
+                return True
+        except (OSError, ValueError):
+            continue
+    return False
+
+
+def test_the_resume_rules(unbroken, catalog_uri, reporter, tmp_path):
+    with pytest.raises(UsageError, match=r"already holds step 8.*run.resume=auto"):
+        pretrain.run(settings(catalog_uri, unbroken, "train.steps=8", "run.resume=never"), reporter)
+    with pytest.raises(InputRefused, match="no committed checkpoint"):
+        pretrain.run(settings(catalog_uri, tmp_path / "new", "run.resume=must"), reporter)
+    with pytest.raises(UsageError, match=r"was started with seed=0, now it is 1.*another run.dir"):
+        pretrain.run(settings(catalog_uri, unbroken, "train.steps=8", "seed=1"), reporter)
+
+
+def test_a_checkpoint_that_no_snapshot_names_does_not_count(unbroken, tmp_path):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(unbroken, copy)
+    torn = copy / "checkpoints" / "step_00000099-dead00"
+    torn.mkdir()
+    (torn / "state.pt").write_bytes(b"half")
+    assert run_folder.latest_checkpoint(str(copy)).step == 8
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_samples(catalog_uri, reporter, tmp_path):
+    config = settings(catalog_uri, tmp_path / "run", "train.num_workers=0", "optim.lr=1.0e+30", "optim.start_lr=1.0e+30")
+    with pytest.raises(InputRefused, match=r"loss is nan at step \d+ for samples \[\d+"):
+        pretrain.run(config, reporter)
+
+
+def test_more_workers_than_cpus_is_a_usage_error(catalog_uri, reporter, tmp_path):
+    with pytest.raises(UsageError, match=r"train\.num_workers=64"):
+        more = ("train.num_workers=64", "train.batch_size=64")
+        pretrain.run(settings(catalog_uri, tmp_path / "run", *more), reporter)
+
+
+def test_provenance_names_code_and_versions(unbroken):
+    facts = json.loads((unbroken / "provenance.json").read_text())
+    assert {"ray", "torch", "timm", "av"} <= facts["versions"].keys()
