@@ -1,1 +1,1 @@
-"""Submitting jepa verbs to a Ray cluster. Imports pipelines' configuration and errors; never torch."""
+"""Submitting jepa verbs to a Ray cluster. Imports pipelines' command line and errors; never torch."""

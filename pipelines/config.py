@@ -159,6 +159,7 @@ class SweepConfig:
     """Training steps of each trial; 0 keeps the base preset's."""
     concurrency: int = 1
     cpus_per_trial: float = 1.0
+    gpus_per_trial: float = 0.0
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     run: RunConfig = field(default_factory=RunConfig)
     ray: RayConfig = field(default_factory=RayConfig)

@@ -65,6 +65,7 @@ def _set_environment(*, embedded: bool) -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "OMP_NUM_THREADS": "1",  # two OpenMP threads beside a busy neighbour are slower than one
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",  # its tables would interrupt our progress lines
         "MPLCONFIGDIR": os.path.join(tempfile.gettempdir(), "jepa-matplotlib"),
     }
     for name, value in defaults.items():

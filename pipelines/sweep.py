@@ -95,7 +95,8 @@ def _run_trials(config: SweepConfig, run_dir: str, data: Any, reporter: Reporter
         reporter.advance(done, **line)
 
     relay = Relay(show)
-    trial = tune.with_parameters(_trial, data=ray.put(data), sink=relay.sink, cpus=config.cpus_per_trial)
+    slot = {"num_cpus": config.cpus_per_trial, "num_gpus": config.gpus_per_trial}
+    trial = tune.with_parameters(_trial, data=ray.put(data), sink=relay.sink, slot=slot)
     space = {"trial": tune.grid_search([(name, seed, trial_config(config, run_dir, name, seed)) for name, seed in missing])}
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": DRIVER_CPUS}),
@@ -115,7 +116,7 @@ def _run_trials(config: SweepConfig, run_dir: str, data: Any, reporter: Reporter
         raise Retryable(f"a trial failed: {str(error).strip().splitlines()[-1]}; the same command runs the missing trials again")
 
 
-def _trial(space: dict[str, Any], data: Any, sink: Any, cpus: float) -> None:
+def _trial(space: dict[str, Any], data: Any, sink: Any, slot: dict[str, float]) -> None:
     """What Tune runs: hands the trial to a Ray task and reports its score.
 
     Ray Train refuses to run inside a function of Tune's, and a worker group under Tune leaks its placement group (ray#54305);
@@ -127,7 +128,7 @@ def _trial(space: dict[str, Any], data: Any, sink: Any, cpus: float) -> None:
 
     name, seed, config = space["trial"]
     outside = PlacementGroupSchedulingStrategy(placement_group=None)  # not within the slot of this waiting process
-    task = ray.remote(num_cpus=cpus, scheduling_strategy=outside)(_train_and_probe)
+    task = ray.remote(**slot, scheduling_strategy=outside)(_train_and_probe)
     result = ray.get(task.remote(name, seed, config, data))
     sink.push.remote({"trial": f"{name}-s{seed}", "score": result["score"]})
     tune.report({"score": result["score"], "loss": result["loss"]})
