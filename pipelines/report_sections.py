@@ -7,9 +7,11 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath
+from typing import Any
 
 from pipelines import catalog, run_folder, storage
 from pipelines import report_figures as figures
+from pipelines.config import PretrainConfig
 from pipelines.errors import InputRefused
 from pipelines.report_figures import BLUE, GREEN, MUTED, ORANGE, PURPLE, Series
 from pipelines.report_page import Card, Group, Picture, Row, Section, Table, centimetres, number, percent
@@ -17,6 +19,7 @@ from pipelines.report_page import Card, Group, Picture, Row, Section, Table, cen
 EPISODES = "episodes"
 AGENTS = ("planner", "random", "no-op", "oracle")
 SAMPLES_SHOWN = 4
+STEPS_LOOKED_AT = 20
 ROWS_SHOWN = 40
 EPISODES_SHOWN = 6
 MAX_INLINE_BYTES = 8 << 20
@@ -107,7 +110,7 @@ def _speed_cards(rows: list[Row]) -> list[Card]:
 
 
 def _masks(section: Section, rows: list[Row]) -> None:
-    group = Group("Masks", "Training clips as they were decoded, and what each mask hides of them at step 0. The encoder sees "
+    group = Group("Masks", "Training clips as they were decoded, and what each mask hides of them at one step. The encoder sees "
                   "the part left visible; the predictor must tell the features of the tinted part.")  # fmt: skip
     section.groups.append(group)
     table = []
@@ -126,7 +129,7 @@ def _masks(section: Section, rows: list[Row]) -> None:
 
 
 def mask_examples(run_dir: str) -> list[Picture]:
-    """The run's first clips, decoded and masked as its first step did. Raises JepaError when the source is out of reach."""
+    """Clips of an early step, decoded and masked as the run did. Raises JepaError when the source is out of reach."""
     from jepa_core.masks import draw_masks
     from pipelines import pretrain
     from pipelines.clips import TUBELETS, sample_clip
@@ -136,21 +139,44 @@ def mask_examples(run_dir: str) -> list[Picture]:
     if not videos.num_rows:
         raise InputRefused(f"{config.catalog} holds no video")
     grid = pretrain.clip_grid(config.clip)
-    batch = range(config.train.batch_size // max(1, config.train.num_workers))  # masks are cut to equal length per worker
-    drawn = [draw_masks(mask, i, grid, config.seed, 0, batch) for i, mask in enumerate(config.model.masks)]
+    step, shown = _varied_samples(config, videos)
+    first = step * config.train.batch_size
+    batch = range(first, first + config.train.batch_size // max(1, config.train.num_workers))  # masks are cut per worker
+    drawn = [draw_masks(mask, i, grid, config.seed, step, batch) for i, mask in enumerate(config.model.masks)]
     pictures = []
-    for n in batch[:SAMPLES_SHOWN]:
+    for n in shown:
         sample = sample_clip(videos, n, config.clip, config.seed, config.data.max_replacements)
         frames = figures.clip_frames(sample[TUBELETS], grid)
         parts = [("the clip", figures.image(figures.strip(frames, grid), f"frames of sample {n}"))]
         for index, (context, target) in enumerate(drawn):
             label = f"mask {index + 1}: context {context.shape[1] / grid.num_tokens:.0%}, "
             label += f"target {target.shape[1] / grid.num_tokens:.0%}"
-            png = figures.strip(frames, grid, context[n], target[n])
+            png = figures.strip(frames, grid, context[n - first], target[n - first])
             parts.append((label, figures.image(png, f"sample {n} under mask {index + 1}")))
         seconds = (config.clip.num_frames - 1) / config.clip.fps
         pictures.append(Picture(parts, f"Sample {n}, {seconds:.2g} s of {sample['uri']}"))
     return pictures
+
+
+def _varied_samples(config: PretrainConfig, videos: Any) -> tuple[int, list[int]]:
+    """(step, sample numbers of its first worker): the early step that shows most sources, one sample of each source first."""
+    from jepa_core.sampling import video_of_sample
+
+    sources = videos["source"].to_pylist()
+    share = config.train.batch_size // max(1, config.train.num_workers)
+    best: tuple[int, list[int]] = (0, [])
+    most = 0
+    for step in range(min(config.train.steps, STEPS_LOOKED_AT)):
+        first = step * config.train.batch_size
+        seen: dict[str, int] = {}
+        order = []
+        for n in range(first, first + share):
+            source = sources[video_of_sample(config.seed, n, len(sources))]
+            order.append((seen.setdefault(source, 0), n))
+            seen[source] += 1
+        if len(seen) > most:
+            best, most = (step, [n for _, n in sorted(order)[:SAMPLES_SHOWN]]), len(seen)
+    return best
 
 
 def _data(section: Section) -> None:
