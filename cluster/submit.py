@@ -45,11 +45,14 @@ def submit(address: str, verb: str, arguments: Sequence[str]) -> int:
 
 def _client(address: str) -> Any:
     os.environ.setdefault("RAY_AUTH_MODE", "token" if os.environ.get("RAY_AUTH_TOKEN") else "disabled")
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     try:
-        return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+        client = JobSubmissionClient(address)
+        client.get_version()
+        return client
+    except (ConnectionError, RuntimeError, RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Retryable(f"no Ray dashboard answers at {address} ({reason}): check the address and RAY_AUTH_TOKEN") from error
 

@@ -11,9 +11,9 @@ import ray.data
 from jepa_core.config import ClipConfig
 from jepa_core.sampling import Stream, clip_frames, crop_box, generator, video_of_sample
 from pipelines import storage
+from pipelines.columns import FAILURES, SAMPLE
 from pipelines.config import DataConfig
 from pipelines.errors import InputRefused
-from pipelines.train import FAILURES, SAMPLE
 from pipelines.video import VideoRefused, decode_clip, tubelets
 
 TUBELETS = "tubelets"

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from jepa_core.config import PATCH_SIZE, TUBELET_SIZE, ClipConfig
 from jepa_core.encoder import VisionTransformer, gather_tokens
 from jepa_core.masks import draw_masks
-from jepa_core.objective import ema_update, feature_std, latent_l1, mean_predictor_l1, normalize_targets, rank_me
+from jepa_core.objective import ema_update, latent_l1, mean_predictor_l1, normalize_targets
 from jepa_core.predictor import MaskedPredictor
 from jepa_core.rope import Grid
 from pipelines import catalog, ray_session, run_folder, storage
+from pipelines.columns import FEATURES, SAMPLE
 from pipelines.config import PretrainConfig
 from pipelines.errors import InputRefused
 from pipelines.progress import Reporter
@@ -62,9 +63,8 @@ class Pretraining(nn.Module):
         for index, (context_ids, target_ids) in enumerate(masks):
             numbers[f"context_ratio_{index}"] = context_ids.shape[1] / self.grid.num_tokens
             numbers[f"target_ratio_{index}"] = target_ids.shape[1] / self.grid.num_tokens
-        tokens = features.detach().float().flatten(0, 1)
-        some = tokens[:: max(1, len(tokens) // HEALTH_TOKENS)]
-        return loss, numbers | {"feature_std": feature_std(some), "rank_me": rank_me(some)}
+        tokens = features.flatten(0, 1)
+        return loss, numbers | {FEATURES: tokens[:: max(1, len(tokens) // HEALTH_TOKENS)]}
 
 
 class PretrainTask:
@@ -77,7 +77,6 @@ class PretrainTask:
     def tensors(self, rows: dict[str, Any], step: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Batch and masks on the device. Masks come from the sample numbers: nothing about them travels."""
         from pipelines.clips import TUBELETS
-        from pipelines.train import SAMPLE
 
         samples = [int(n) for n in rows[SAMPLE]]
         masks = []

@@ -31,6 +31,7 @@ def session(config: RayConfig) -> Iterator[None]:
             ray.init(address=config.address, log_to_driver=config.verbose)
         else:
             ray.init(
+                address="local",  # never a cluster that happens to run on this machine
                 num_cpus=config.num_cpus or max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
                 object_store_memory=config.object_store_mb * 2**20,
                 include_dashboard=False,

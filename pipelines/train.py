@@ -24,18 +24,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jepa_core.config import OptimConfig
-from jepa_core.objective import learning_rate, make_optimizer
+from jepa_core.objective import feature_std, learning_rate, make_optimizer, rank_me
 from pipelines import run_folder, storage
+from pipelines.columns import FAILURES, FEATURES, SAMPLE
 from pipelines.config import TrainConfig
 from pipelines.errors import InputRefused, JepaError, Retryable, UsageError
 from pipelines.progress import Reporter
 from pipelines.relay import Relay
 
 Rows = dict[str, np.ndarray]
-SAMPLE = "sample"
-"""Column of the sample numbers int64 [B]; every dataset has it."""
-FAILURES = "failures"
-"""Column of JSON texts [B]: the videos that failed before this sample's own, with reasons."""
 COLLECTIVE_TIMEOUT_S = 300
 SHOWN = ("loss", "trivial", "clips_per_s", "data_wait")
 """Numbers beside the progress bar."""
@@ -193,6 +190,9 @@ class _Log:
         self.clips += self.loop.train.batch_size
         if (step + 1) % self.loop.train.log_every and step + 1 != self.loop.train.steps:
             return
+        features = numbers.pop(FEATURES, None)
+        if features is not None:  # a decomposition: only for steps that are logged
+            numbers |= {"feature_std": feature_std(features), "rank_me": rank_me(features)}
         seconds = time.perf_counter() - self.since
         rates = {"clips_per_s": self.clips / seconds, "data_wait": min(1.0, self.waited / seconds)}
         values = {key: float(value) if isinstance(value, Tensor) else value for key, value in numbers.items()}

@@ -13,10 +13,10 @@ import ray.data
 
 from jepa_core.sampling import Stream, centre_crop, clip_frames, generator, video_of_sample
 from pipelines import storage
+from pipelines.columns import FAILURES, SAMPLE
 from pipelines.config import DataConfig
 from pipelines.errors import InputRefused
 from pipelines.robot import droid_raw
-from pipelines.train import FAILURES, SAMPLE
 from pipelines.video import VideoRefused, decode_clip, frame_patches, probe
 
 PATCHES = "patches"

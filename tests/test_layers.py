@@ -45,3 +45,9 @@ def test_only_storage_speaks_to_object_stores():
             names = {alias.name.split(".")[0] for node in ast.walk(ast.parse(path.read_text()))
                      if isinstance(node, ast.Import) for alias in node.names}  # fmt: skip
             assert not names & {"boto3", "s3fs", "fsspec"}, path
+
+
+@pytest.mark.parametrize("module", ["pipelines.clips", "pipelines.trajectories", "pipelines.ingest", "cluster.submit"])
+def test_decode_and_submit_start_without_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
