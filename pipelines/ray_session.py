@@ -59,10 +59,15 @@ def _set_environment(*, embedded: bool) -> None:
         # Without these two, ray.init writes a token into the home directory and every later cluster inherits it.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    if embedded:
+        # Train's clean-up actor looks for a dashboard; without an answer it searches for any cluster that ever ran on this
+        # machine, and every run ends with 12 s of waiting. Nothing listens on port 1, so it gives up at once.
+        os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how soon a finished run is noticed
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "OMP_NUM_THREADS": "1",  # two OpenMP threads beside a busy neighbour are slower than one
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

@@ -49,17 +49,6 @@ def test_two_workers_train_and_every_step_is_logged_once(unbroken):
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
-def test_a_run_stopped_and_resumed_equals_the_unbroken_run_bit_for_bit(unbroken, catalog_uri, reporter, tmp_path):
-    from dataclasses import replace
-
-    config = settings(catalog_uri, tmp_path / "run", "train.steps=8", "train.num_workers=2")
-    half = replace(config, train=replace(config.train, steps=4))
-    pretrain.run(half, reporter)
-    assert run_folder.latest_checkpoint(str(tmp_path / "run")).step == 4
-    pretrain.run(config, reporter)
-    assert trace(tmp_path / "run") == trace(unbroken)
-
-
 def test_kill_9_of_a_worker_and_of_the_driver_loses_and_repeats_nothing(unbroken, catalog_uri, tmp_path):
     """SIGKILL a train worker once, then the whole driver, then run the same command: the same losses to the last bit."""
     run_dir = tmp_path / "run"
