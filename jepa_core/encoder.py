@@ -76,7 +76,7 @@ class VisionTransformer(nn.Module):
 
 
 def make_blocks(dim: int, depth: int, heads: int, mlp_ratio: float) -> nn.ModuleList:
-    """Pre-norm blocks whose names and numbers equal the reference's (shared/parity test: bit for bit)."""
+    """Pre-norm blocks whose names and numbers equal the reference's (vjepa2 modules.py)."""
     if dim % heads:
         raise ValueError(f"width {dim} does not divide into {heads} heads: choose heads that divide it")
     if dim // heads < 6:
@@ -89,7 +89,7 @@ def make_blocks(dim: int, depth: int, heads: int, mlp_ratio: float) -> nn.Module
 
 
 def init_weights(module: nn.Module, blocks: nn.ModuleList) -> None:
-    """Normal(0, 0.02) weights, zero biases; each block's output layers divided by sqrt(2 * depth so far) (reference 1.3)."""
+    """Normal(0, 0.02) weights, zero biases; each block's output layers divided by sqrt(2 * depth so far) (vjepa2)."""
     for child in module.modules():
         if isinstance(child, nn.Linear | nn.Conv3d):
             nn.init.trunc_normal_(child.weight, std=0.02)

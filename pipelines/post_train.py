@@ -221,5 +221,8 @@ def _fit(config: PostTrainConfig, source: PretrainConfig, reporter: Reporter) ->
             episodes, config.num_frames, config.fps, size, config.seed, blocks, first, config.data
         )
 
+    if config.ray.address is None:
+        train.check_slots(config.train)
     loop = train.Loop(partial(PostTrainTask, config), config.train, config.optim, config.run.dir, config.seed)
-    train.fit(loop, dataset, "post-train", reporter)
+    batch_bytes = config.train.batch_size // workers * config.num_frames * size * size * 3
+    train.fit(loop, dataset, batch_bytes, "post-train", reporter)

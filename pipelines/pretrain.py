@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_core.config import PATCH_SIZE, TUBELET_SIZE, ClipConfig
-from jepa_core.encoder import VisionTransformer, gather_tokens
+from jepa_core.encoder import TUBELET_VALUES, VisionTransformer, gather_tokens
 from jepa_core.masks import draw_masks
 from jepa_core.objective import ema_update, latent_l1, mean_predictor_l1, normalize_targets
 from jepa_core.predictor import MaskedPredictor
@@ -150,5 +150,8 @@ def _fit(config: PretrainConfig, reporter: Reporter) -> None:
         blocks = train.numbered_blocks(first_step, config.train.steps, config.train.batch_size, workers)
         return clip_dataset(videos, config.clip, config.seed, blocks, first_step * config.train.batch_size, config.data)
 
+    if config.ray.address is None:
+        train.check_slots(config.train)
     loop = train.Loop(partial(PretrainTask, config), config.train, config.optim, config.run.dir, config.seed)
-    train.fit(loop, dataset, "pretrain", reporter)
+    batch_bytes = config.train.batch_size // workers * clip_grid(config.clip).num_tokens * TUBELET_VALUES
+    train.fit(loop, dataset, batch_bytes, "pretrain", reporter)

@@ -191,7 +191,7 @@ def _open_filesystem(uri: str) -> tuple[Any, str]:
                 "connect_timeout": CONNECT_TIMEOUT_S,
                 "read_timeout": READ_TIMEOUT_S,
                 "retries": {"mode": "standard", "max_attempts": MAX_ATTEMPTS},
-                },
+            },
             use_listings_cache=False,  # another process may have written since
         ),
         uri[len("s3://") :],

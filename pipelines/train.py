@@ -18,7 +18,7 @@ import ray
 import ray.data
 import ray.train
 import torch
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -69,14 +69,12 @@ class Loop:
     sink: Any = field(default=None)
 
 
-def fit(loop: Loop, make_dataset: Callable[[int], ray.data.Dataset], stage: str, reporter: Reporter) -> dict[str, Any]:
-    """Train to `train.steps`, continuing from the last committed checkpoint. Returns the last metrics line.
+def fit(loop: Loop, make_dataset: Callable[[int], ray.data.Dataset], batch_bytes: int, stage: str, reporter: Reporter) -> None:
+    """Train to `train.steps`, continuing from the last committed checkpoint. `batch_bytes`: size of one worker's batch.
 
     `make_dataset(first_step)` builds the remaining batches; Ray Train calls it again at every restart of the workers, so it
-    reads the cursor that was *committed* then (ray.md 1.9). Raises the worker's own JepaError, or Retryable.
+    reads the cursor that was *committed* then. Raises the worker's own JepaError, or Retryable.
     """
-    workers = max(1, loop.train.num_workers)
-    _check_slots(workers, loop.train)
     relay = Relay(lambda line: reporter.advance(line["step"], **{key: line[key] for key in SHOWN if key in line}))
     loop = replace(loop, sink=relay.sink)
 
@@ -84,6 +82,8 @@ def fit(loop: Loop, make_dataset: Callable[[int], ray.data.Dataset], stage: str,
         found = run_folder.latest_checkpoint(loop.run_dir)
         dataset = make_dataset(found.step if found else 0)
         dataset.context.execution_options.preserve_order = True  # without a worker group, Train's DataConfig is not asked
+        # A block that Ray splits would give halves of one batch to two workers.
+        dataset.context.target_max_block_size = max(dataset.context.target_max_block_size or 0, 2 * batch_bytes)
         return dataset
 
     options = ray.data.ExecutionOptions(preserve_order=True)
@@ -119,8 +119,6 @@ def fit(loop: Loop, make_dataset: Callable[[int], ray.data.Dataset], stage: str,
     if loop.train.num_workers == 0 and result.checkpoint:
         run_folder.commit_local(loop.run_dir, result.checkpoint.path, loop.train.steps)
         shutil.rmtree(result.checkpoint.path, ignore_errors=True)
-    lines = run_folder.read_parts(loop.run_dir, run_folder.METRICS)
-    return lines[-1] if lines else {}
 
 
 def numbered_blocks(first_step: int, steps: int, batch_size: int, num_workers: int) -> ray.data.Dataset:
@@ -134,7 +132,7 @@ def train_worker(config: dict[str, Any]) -> None:
     loop: Loop = config["loop"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    device = torch.device("cuda", torch.cuda.current_device()) if loop.train.use_gpu else torch.device("cpu")
+    device = get_device() if loop.train.use_gpu else torch.device("cpu")
     torch.set_num_threads(max(1, int(loop.train.cpus_per_worker)))
     torch.manual_seed(loop.seed)  # the same initial weights on every rank
     task = loop.make_task(device)
@@ -247,7 +245,12 @@ def _refuse_non_finite(loss: Tensor, rows: Rows, step: int) -> None:
         )
 
 
-def _check_slots(workers: int, train: TrainConfig) -> None:
+def check_slots(train: TrainConfig) -> None:
+    """Raise UsageError when the workers and a decode task do not fit, which would wait for ever.
+
+    For the embedded instance: a cluster that scales itself may have no nodes yet.
+    """
+    workers = max(1, train.num_workers)
     resources = ray.cluster_resources()
     needed, there = workers * train.cpus_per_worker + 1, resources.get("CPU", 0)
     if needed > there:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import jepa
@@ -112,3 +113,33 @@ def test_dry_run_shows_the_merged_config_and_what_would_be_touched(tmp_path):
 @pytest.mark.parametrize("arguments", [[], ["fly"], ["ingest", "--force"], ["ingest", "source=a"]])
 def test_usage_errors_exit_with_2(arguments):
     assert jepa(*arguments).returncode == 2
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def written_commands() -> list[str]:
+    """Every jepa command in the README and in the heads of the presets."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    lines += [
+        line.removeprefix("# Command: ") for path in (ROOT / "configs").rglob("*.yaml") for line in path.read_text().splitlines()
+    ]
+    return sorted({line for line in lines if line.startswith("jepa ")})
+
+
+@pytest.mark.parametrize("command", written_commands())
+def test_written_commands_are_valid(command):
+    verb, *arguments = command.split()[1:]
+    if VERBS[verb].positional and "=" not in arguments[0]:
+        arguments[0] = f"{VERBS[verb].positional}={arguments[0]}"
+    schema.load(VERBS[verb].options, verb, arguments)
+
+
+def test_every_preset_says_paper_expectation_and_command():
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        text = "\n".join(head)
+        assert "Command: jepa" in text, path
+        if path.parent.name != "record":
+            assert "Paper: arXiv" in text, path
+            assert "Expected" in text, path
