@@ -193,7 +193,7 @@ class _Log:
             numbers |= {"feature_std": feature_std(features), "rank_me": rank_me(features)}
         seconds = time.perf_counter() - self.since
         rates = {"clips_per_s": self.clips / seconds, "data_wait": min(1.0, self.waited / seconds)}
-        values = {key: float(value) if isinstance(value, Tensor) else value for key, value in numbers.items()}
+        values = {key: value.item() if isinstance(value, Tensor) else value for key, value in numbers.items()}
         line = {"step": step + 1, "time": time.time(), **values, **rates}
         self.since, self.waited, self.clips = time.perf_counter(), 0.0, 0
         if self.rank == 0:

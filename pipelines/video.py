@@ -76,7 +76,8 @@ def probe(file: IO[bytes]) -> VideoFacts:
             if packet.pts is not None and not packet.is_discard:
                 pts.append(packet.pts)
             if frame is None:
-                frame = next(iter(_decoded(packet)), None)
+                with contextlib.suppress(av.FFmpegError):
+                    frame = next(iter(packet.decode()), None)
             if len(pts) > MAX_FRAMES:
                 raise VideoRefused("too_many_frames", f"more than {MAX_FRAMES} frames")
         if frame is None:
@@ -175,28 +176,32 @@ def _opened(file: IO[bytes]) -> Iterator[tuple[av.container.InputContainer, av.V
         raise VideoRefused("not_a_video", str(error)) from error
 
 
-def _decoded(packet: av.Packet) -> list[av.VideoFrame]:
-    """Frames of a packet; a packet that does not decode gives none (its frames will be missed by name later)."""
-    try:
-        return packet.decode()
-    except av.FFmpegError:
-        return []
-
-
 def _decode(file: IO[bytes], stream_index: int, wanted: set[int], crop: Crop, size: int, *, fast: bool) -> dict[int, np.ndarray]:
-    """Decode from the key frame before the first wanted frame (fast) or from the start, until all wanted are seen."""
+    """Decode from the key frame before the first wanted frame (fast) or from the start, until all wanted are seen.
+
+    After a packet that does not decode, no frame counts until the next key frame: what refers to the lost picture is painted
+    over by the decoder, and the paint depends on which frames it was shown before.
+    """
     found: dict[int, np.ndarray] = {}
+    sound = True
     with _opened(file) as (container, _):
         stream = container.streams[stream_index]
         stream.thread_count = 1
+        stream.codec_context.options = {"err_detect": "explode"}  # a damaged slice is an error, not a picture
         if fast and min(wanted) > (stream.start_time or 0):
             container.seek(min(wanted), stream=stream, backward=True)
         skip = fast and stream.codec_context.name in SKIPPABLE_CODECS
         for packet in container.demux(stream):
             if skip and packet.size:
                 stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
-            for frame in _decoded(packet):
-                if frame.pts in wanted and not frame.is_corrupt:
+            sound = sound or packet.is_keyframe
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                sound = False
+                continue
+            for frame in frames:
+                if sound and frame.pts in wanted and not frame.is_corrupt:
                     found[frame.pts] = _cropped(frame, crop, size)
             if len(found) == len(wanted):
                 break

@@ -28,9 +28,12 @@ def sequential(data: bytes, stream: int, pts: np.ndarray, crop: Crop, size: int)
 
     wanted, found = set(pts.tolist()), {}
     with av.open(io.BytesIO(data)) as container:
-        for frame in container.decode(container.streams[stream]):
-            if frame.pts in wanted:
-                found[frame.pts] = _cropped(frame, crop, size)
+        for packet in container.demux(container.streams[stream]):
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                continue  # a damaged packet elsewhere in the file
+            found |= {frame.pts: _cropped(frame, crop, size) for frame in frames if frame.pts in wanted}
     return np.stack([found[p] for p in pts.tolist()])
 
 
