@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -37,7 +38,7 @@ class Reporter:
     def advance(self, done: int, **numbers: float | int | str) -> None:
         """`done` units of the stage are finished; `numbers` are shown beside the bar."""
         if self._progress:
-            note = "  ".join(f"{key} {_short(value)}" for key, value in numbers.items())
+            note = "  ".join(f"{key} {escape(_short(value))}" for key, value in numbers.items())
             self._progress.update(self._task, completed=done, note=note)
         elif not self.terminal:
             self.event("progress", done=done, **numbers)
@@ -51,7 +52,7 @@ class Reporter:
     def event(self, kind: str, **fields: Any) -> None:
         """Something happened once: a line of text on a terminal, a JSON object elsewhere."""
         if self.terminal:
-            self.console.print("  ".join([f"[bold]{kind}[/bold]", *(f"{k} {_short(v)}" for k, v in fields.items())]))
+            self.console.print("  ".join([f"[bold]{kind}[/bold]", *(f"{k} {escape(_short(v))}" for k, v in fields.items())]))
             return
         line = {"time": round(time.time(), 3), "event": kind, **fields}
         print(json.dumps(line, default=str), file=self.stream, flush=True)
@@ -64,7 +65,7 @@ class Reporter:
             return
         drawn = Table(*columns, title=title, title_justify="left")
         for row in rows:
-            drawn.add_row(*(_short(cell) for cell in row))
+            drawn.add_row(*(escape(_short(cell)) for cell in row))
         self.console.print(drawn)
 
     def summary(self, verb: str, **numbers: Any) -> None:
