@@ -33,8 +33,20 @@ CHECKPOINTS = "checkpoints"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 STATE = "state.pt"
 RESULT = "result.json"
-FREE_TO_CHANGE = ("run", "ray", "data", "train.steps", "train.num_workers", "train.cpus_per_worker", "train.use_gpu",
-                  "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.max_failures")  # fmt: skip
+FREE_TO_CHANGE = (
+    *(
+        "run",
+        "ray",
+        "data",
+        "train.steps",
+        "train.num_workers",
+        "train.cpus_per_worker",
+        "train.use_gpu",
+        "train.checkpoint_every",
+    ),
+    *("train.keep_checkpoints", "train.log_every", "train.max_failures"),
+    *("seeds", "concurrency", "cpus_per_trial", "gpus_per_trial"),
+)
 """Options that a resumed run may change without becoming another run."""
 
 
@@ -93,24 +105,28 @@ def begin(run: RunConfig, config: Any) -> int:
         raise InputRefused(f"run.resume=must, but {run_dir} holds no committed checkpoint: use run.resume=auto to start")
     if found is not None and run.resume == "never":
         raise UsageError(f"{run_dir} already holds step {found.step}: use run.resume=auto to continue, or another run.dir")
-    new = to_yaml(config)
     if found is not None:
-        _refuse_other_run(run_dir, yaml.safe_load(new))
-    storage.write_bytes(storage.join(run_dir, CONFIG), new.encode())
+        refuse_other_run(run_dir, config)
+    storage.write_bytes(storage.join(run_dir, CONFIG), to_yaml(config).encode())
     storage.write_bytes(storage.join(run_dir, PROVENANCE), json.dumps(provenance(), indent=1).encode())
     return found.step if found else 0
 
 
+def is_run(run_dir: str) -> bool:
+    """Whether a run was started in the folder."""
+    return storage.exists(storage.join(storage.normalize(run_dir), CONFIG))
+
+
 def read_config(run_dir: str) -> dict[str, Any]:
     """The configuration that a run was started with. Raises InputRefused where there is none."""
-    uri = storage.join(storage.normalize(run_dir), CONFIG)
-    if not storage.exists(uri):
+    if not is_run(run_dir):
         raise InputRefused(f"{run_dir} is not a run folder (no {CONFIG}): check the path")
-    return yaml.safe_load(storage.read_bytes(uri))
+    return yaml.safe_load(storage.read_bytes(storage.join(storage.normalize(run_dir), CONFIG)))
 
 
-def _refuse_other_run(run_dir: str, new: dict[str, Any]) -> None:
-    old, new_flat = _flatten(read_config(run_dir)), _flatten(new)
+def refuse_other_run(run_dir: str, config: Any) -> None:
+    """Raise UsageError when the folder was started with another configuration, beyond what a run may change."""
+    old, new_flat = _flatten(read_config(run_dir)), _flatten(yaml.safe_load(to_yaml(config)))
     changed = sorted(key for key in old.keys() | new_flat.keys() if old.get(key) != new_flat.get(key))
     changed = [key for key in changed if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)]
     if changed:

@@ -9,7 +9,7 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
-from pipelines import pretrain, ray_session, run_folder, storage
+from pipelines import catalog, pretrain, ray_session, run_folder, storage
 from pipelines.config import PretrainConfig, RunConfig, SweepConfig, load
 from pipelines.errors import JepaError, Retryable
 from pipelines.progress import Reporter
@@ -23,8 +23,13 @@ DRIVER_CPUS = 0.01
 def run(config: SweepConfig, reporter: Reporter) -> dict[str, Any]:
     """Run all trials that are missing, then rank. Returns winner, table and controls."""
     run_dir = storage.normalize(config.run.dir)
+    started = run_folder.is_run(run_dir)
+    if started:
+        config = replace(config, catalog=_same_version(config.catalog, str(run_folder.read_config(run_dir).get("catalog"))))
     base = trial_config(config, run_dir, next(iter(config.masks)), config.seeds[0])
     config = replace(config, catalog=base.catalog, run=replace(config.run, dir=run_dir))
+    if started:
+        run_folder.refuse_other_run(run_dir, config)  # its trials' results would be taken for this sweep's
     run_folder.begin(config.run, config)
     with ray_session.session(config.ray):
         from pipelines import probe
@@ -43,6 +48,12 @@ def run(config: SweepConfig, reporter: Reporter) -> dict[str, Any]:
     reporter.table(result["probe"]["metric"], ("mask", "score", "sd", "seeds"), rows)
     best = result["ranking"][0]
     return {"run": run_dir, "winner": result["winner"], "score": best["mean"], **controls}
+
+
+def _same_version(given: str, before: str) -> str:
+    """The version that the sweep began with, unless another one is asked for."""
+    new, old = catalog.parse_ref(given), catalog.parse_ref(before)
+    return before if new.version is None and new.uri == old.uri else given
 
 
 def rank(rows: list[dict[str, Any]]) -> dict[str, Any]:

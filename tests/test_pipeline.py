@@ -104,6 +104,8 @@ def test_a_sweep_ranks_by_the_probe_and_continues_where_it_stopped(folder, repor
     shutil.rmtree(f"{folder}/sweep/trials/large-s0")
     again = run("sweep", reporter, *arguments)
     assert again["score"] == first["score"]
+    with pytest.raises(UsageError, match=r"was started with steps=4, now it is 6"):
+        run("sweep", reporter, *arguments, "steps=6")
     assert os.path.getmtime(f"{folder}/sweep/trials/small-s0/checkpoints/checkpoint_manager_snapshot.json") == untouched
 
 
