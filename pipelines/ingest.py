@@ -1,5 +1,6 @@
 """jepa ingest: list a prefix, probe each file by demuxing on Ray Data, commit the catalog and its quarantine."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,9 +35,10 @@ def run(config: IngestConfig, reporter: Reporter) -> dict[str, Any]:
 
 def _ingest(ref: CatalogRef, source: str, files: list[storage.ObjectInfo], reporter: Reporter) -> dict[str, Any]:
     known = catalog.known_videos(ref, source)
-    unchanged = {(row["uri"], row["etag"], row["size"]) for row in known.select(["uri", "etag", "size"]).to_pylist()}
+    known_keys = _keys(known)
     listed = {(info.uri, info.etag, info.size) for info in files}
-    carried = known.filter(pa.array([key in listed for key in _keys(known)], pa.bool_()))
+    carried = known.filter(pa.array([key in listed for key in known_keys], pa.bool_()))
+    unchanged = set(known_keys)
     todo = [info for info in files if (info.uri, info.etag, info.size) not in unchanged]
 
     refused: list[dict[str, Any]] = []
@@ -46,16 +48,13 @@ def _ingest(ref: CatalogRef, source: str, files: list[storage.ObjectInfo], repor
     quarantine = pa.Table.from_pylist(sorted(refused, key=lambda row: row["uri"]), QUARANTINE_SCHEMA)
     catalog.replace_source(ref, QUARANTINE, source, quarantine.to_batches(), QUARANTINE_SCHEMA)
     reporter.stop()
-    reasons: dict[str, int] = {}
-    for row in refused:
-        reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
     return {
         "catalog": f"{ref.uri}@{version}",
         "listed": len(files),
         "ingested": len(files) - len(refused),
         "unchanged": len(files) - len(todo),
         "refused": len(refused),
-        "reasons": reasons,
+        "reasons": dict(Counter(row["reason"] for row in refused)),
     }
 
 
