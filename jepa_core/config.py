@@ -1,6 +1,7 @@
 """Shapes and hyper-parameters as frozen dataclasses. This module never imports torch, so that configs load in no time."""
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 TUBELET_SIZE = 2
 """Frames in a tubelet (V-JEPA 2, section 2.1)."""
@@ -8,25 +9,67 @@ PATCH_SIZE = 16
 """Pixels along the side of a tubelet (V-JEPA 2, section 2.1)."""
 
 
+Position = Literal["rope", "rope_interpolated", "sincos", "sincos_image"]
+"""How a token knows where it is. A property of the weights: the wrong one loads without complaint and is wrong.
+
+rope: V-JEPA 2 and 2-AC, 3D rotary positions with the released weights' tiled angles (see jepa_core.positions).
+rope_interpolated: V-JEPA 2.1, rotary with paired angles, height and width stretched to the native grid.
+sincos: V-JEPA 1, a fixed 3D sine-cosine table, added to the tokens.
+sincos_image: I-JEPA, a fixed 2D sine-cosine table, width before height.
+"""
+
+MaskPolicy = Literal["first", "random", "exact"]
+"""How the masks of a batch, which differ in length, become a rectangle.
+
+first: rows are cut to the shortest and keep their first tokens in raster order; the reference, which loses late frames.
+random: rows are cut to the shortest and keep a random subset.
+exact: no token is dropped; rows are padded to the longest, and a mask tells which entries are real.
+"""
+
+MaskKind = Literal["union", "separate"]
+"""union: V-JEPA, the target is the union of the blocks, the context its complement.
+separate: I-JEPA, each block is a target of its own, the context is one large block without them.
+"""
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
-    """A V-JEPA 2 vision transformer. The defaults are ViT-S; configs/ has the published sizes."""
+    """A vision transformer of the JEPA family. The defaults are ViT-S of V-JEPA 2; `encoder_config` knows the other sizes."""
 
     dim: int = 384
     depth: int = 12
     heads: int = 6
     mlp_ratio: float = 4.0
+    position: Position = "rope"
+    tubelet_size: int = TUBELET_SIZE
+    """Frames in a tubelet; 1 for I-JEPA, whose input are images."""
+    patch_size: int = PATCH_SIZE
+    native_grid: tuple[int, int, int] = (8, 16, 16)
+    """Tubelets along time, height and width that a sine-cosine table is stored for; other sizes interpolate it."""
+    levels: int = 1
+    """V-JEPA 2.1: so many blocks, evenly spread, have their output normalised and offered as a target (4 in the paper)."""
+    image_tokenizer: bool = False
+    """V-JEPA 2.1: images have an embedding of their own (1x16x16), and a learned vector marks images and videos."""
     activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    """The masked predictor (V-JEPA 2: 12 layers of width 384). One mask token per mask type."""
+    """The masked predictor (V-JEPA 2: 12 layers of width 384)."""
 
     dim: int = 384
     depth: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
+    num_mask_tokens: int = 0
+    """Learned tokens that stand for what is hidden. 0 makes one for each mask type; released V-JEPA 2 weights have 10."""
+    levels: int = 1
+    """V-JEPA 2.1: levels of the encoder that are read and predicted, concatenated along the features."""
+    predict_context: bool = False
+    """V-JEPA 2.1: predict the visible tokens too, through a projection of their own (dense loss)."""
+    target_dim: int = 0
+    """Width of one level of the target encoder where it is not the encoder's own (distillation)."""
+    activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,30 +91,63 @@ class ActionPredictorConfig:
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """One family of target blocks: `num_blocks` boxes, each of a fraction of the grid, united into the target.
+    """One family of target blocks: `num_blocks` boxes, each of a fraction of the grid.
 
     A `spatial_scale` of (0.15, 0.15) means that a block covers 15 % of the H x W grid; `temporal_scale` is the fraction of
-    its time axis (1.0 makes tubes). Source: V-JEPA 2, appendix; reference collator multiseq_multiblock3d.
+    its time axis (1.0 makes tubes). Source: V-JEPA 2, appendix; reference collators multiseq_multiblock3d and multiblock.
     """
 
     num_blocks: int = 8
     spatial_scale: tuple[float, float] = (0.15, 0.15)
     temporal_scale: tuple[float, float] = (1.0, 1.0)
     aspect_ratio: tuple[float, float] = (0.75, 1.5)
+    kind: MaskKind = "union"
+    context_scale: tuple[float, float] = (0.85, 1.0)
+    """`separate` only: fraction of the grid that the context block covers before the targets are taken out."""
+    max_temporal_keep: float = 1.0
+    """`union` only: the context stays within this first share of the time axis."""
+    max_context: int = 0
+    """`union` only: at most so many context tokens (0: no limit); the reference's max_keep."""
+    min_tokens: int = 10
+    """`separate` only: blocks with this many tokens or fewer are drawn again; the reference's min_keep."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How predictions are compared with the normalised output of the target encoder."""
+
+    kind: Literal["l1", "smooth_l1"] = "l1"
+    """l1: V-JEPA; smooth_l1: I-JEPA."""
+    context_weight: float = 0.0
+    """V-JEPA 2.1: weight of the loss on visible tokens; needs predictor.predict_context."""
+    context_ramp: tuple[int, int] = (15_000, 30_000)
+    """Steps between which that weight grows from 0."""
+    context_by_distance: bool = True
+    """Visible tokens count less the farther the nearest hidden one is: 1 / sqrt(distance in patches)."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with a warmup-constant-decay learning rate, constant weight decay, and the EMA of the target encoder."""
+    """AdamW, its schedules and the EMA of the target encoder. Schedules are functions of the step: see jepa_core.schedules."""
 
     lr: float = 5.25e-4
     start_lr: float = 1.0e-4
     final_lr: float = 0.0
     warmup_steps: int = 12_000
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warmup: stay at lr until the last decay_steps (V-JEPA 2), or fall along a half cosine (V-JEPA 1, I-JEPA)."""
     decay_steps: int = 0
+    """constant only: last steps, over which lr falls linearly to final_lr; all steps of a cooldown run."""
+    stretch: float = 1.0
+    """Schedules run as if the run were this much longer, and stop short of their ends: the reference's ipe_scale."""
     weight_decay: float = 0.04
+    final_weight_decay: float | None = None
+    """Weight decay moves to this along a half cosine; null keeps it constant."""
     ema: float = 0.99925
+    final_ema: float | None = None
+    """Momentum of the target encoder moves to this linearly; null keeps it constant."""
     clip_grad: float = 10.0
+    """Largest norm of the gradient, 0 for no limit. The V-JEPA 2 reference has none; V-JEPA 1 used 10."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +176,21 @@ class PlannerConfig:
     momentum_std: float = 0.15
 
 
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The attentive probe of the published evaluations: self-attention blocks, one cross-attention block, a linear head."""
+
+    depth: int = 4
+    """Blocks in all; the last one is the cross-attention."""
+    heads: int = 16
+    """16 for every size in the reference; converted `transformers` classifiers have the backbone's."""
+    num_queries: int = 1
+    num_classes: int = 1000
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-5
+    """1e-5 in the reference, 1e-6 in `transformers`."""
+
+
 def _paper_masks() -> list[MaskConfig]:
     return [MaskConfig(8, (0.15, 0.15)), MaskConfig(2, (0.7, 0.7))]
 
@@ -111,3 +202,26 @@ class PretrainModelConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     masks: list[MaskConfig] = field(default_factory=_paper_masks)
+    mask_policy: MaskPolicy = "random"
+    loss: LossConfig = field(default_factory=LossConfig)
+
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "vit_tiny": {"dim": 192, "depth": 12, "heads": 3},
+    "vit_small": {"dim": 384, "depth": 12, "heads": 6},
+    "vit_base": {"dim": 768, "depth": 12, "heads": 12},
+    "vit_large": {"dim": 1024, "depth": 24, "heads": 16},
+    "vit_huge": {"dim": 1280, "depth": 32, "heads": 16},
+    "vit_giant": {"dim": 1408, "depth": 40, "heads": 22, "mlp_ratio": 48 / 11},
+    "vit_gigantic": {"dim": 1664, "depth": 48, "heads": 26, "mlp_ratio": 64 / 13},
+}
+SIZES = tuple(_SIZES)
+"""Published sizes. vit_giant is the reference's vit_giant_xformers (22 heads), vit_gigantic its vit_gigantic_xformers as V-JEPA 2.1
+has it (the V-JEPA 2 code misspells its mlp_ratio, so the option never applies there)."""
+
+
+def encoder_config(size: str, **options: Any) -> EncoderConfig:
+    """A published size with options of EncoderConfig. Raises ValueError for an unknown size."""
+    if size not in _SIZES:
+        raise ValueError(f"unknown size {size!r}: choose from {', '.join(SIZES)}")
+    return EncoderConfig(**_SIZES[size], **options)
