@@ -26,10 +26,8 @@ class Attention(nn.Module):
         self.num_heads, self.head_dim = timm_attention.num_heads, timm_attention.head_dim
         self.qkv, self.proj = timm_attention.qkv, timm_attention.proj
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """x [B, N, H*d] -> [B, N, H*d]; rope [N, 2*d] or [B, 1, N, 2*d] (see jepa_core.positions), mask broadcast to [B, H, N, N]."""
+    def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """X [B, N, H*d] -> the same; rope [N, 2*d] or [B, 1, N, 2*d] (jepa_core.positions), mask broadcast to [B, H, N, N]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         if rope is not None:
             rope = rope.to(qkv.dtype)

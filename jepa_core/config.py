@@ -67,6 +67,9 @@ class PredictorConfig:
     """V-JEPA 2.1: levels of the encoder that are read and predicted, concatenated along the features."""
     predict_context: bool = False
     """V-JEPA 2.1: predict the visible tokens too, through a projection of their own (dense loss)."""
+    mask_token_by: Literal["mask", "clip"] = "mask"  # noqa: S105
+    """Which mask token a target gets. mask: by mask type, as in V-JEPA 1. clip: by the group of clip length in the batch, as in
+    V-JEPA 2, whose released weights have therefore only ever trained token 0."""
     target_dim: int = 0
     """Width of one level of the target encoder where it is not the encoder's own (distillation)."""
     activation_checkpointing: bool = False
@@ -87,6 +90,9 @@ class ActionPredictorConfig:
     run has hundreds of steps instead of the paper's 94,500. 1.0 is the paper's."""
     predict_change: bool = False
     """Add the prediction to the present tokens instead of replacing them; the paper's model predicts the next tokens whole."""
+    use_extrinsics: bool = False
+    """A third condition token holds the camera's pose; the reference's option, off in the released model."""
+    activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,8 +222,8 @@ _SIZES: dict[str, dict[str, Any]] = {
     "vit_gigantic": {"dim": 1664, "depth": 48, "heads": 26, "mlp_ratio": 64 / 13},
 }
 SIZES = tuple(_SIZES)
-"""Published sizes. vit_giant is the reference's vit_giant_xformers (22 heads), vit_gigantic its vit_gigantic_xformers as V-JEPA 2.1
-has it (the V-JEPA 2 code misspells its mlp_ratio, so the option never applies there)."""
+"""Published sizes. vit_giant is the reference's vit_giant_xformers (22 heads), vit_gigantic its vit_gigantic_xformers as V-JEPA
+2.1 has it (the V-JEPA 2 code misspells its mlp_ratio, so the option never applies there)."""
 
 
 def encoder_config(size: str, **options: Any) -> EncoderConfig:

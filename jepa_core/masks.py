@@ -1,75 +1,316 @@
-"""Multi-block 3D masks as a pure function of (seed, step, sample).
+"""Which tokens are context and which are targets, as a pure function of (seed, step, sample, configuration). Numpy only.
 
-Legend: B batch, K context tokens, M target tokens of the grid's N.
+Legend: B batch, R rows of it, N = T*H*W tokens of the grid in raster order (w fastest), P blocks, K context tokens, M target
+tokens, G 2 when context and target are cut together and 1 when the context is cut alone, D random draws.
 
-Source: the reference's multiseq_multiblock3d collator. Block sizes are drawn once per step and mask, block positions per
-sample; the target is the union of the blocks, the context its complement. Differences, on purpose: every draw is keyed by its
-step or sample number, so that workers, ranks and restarts agree; and where a batch must be cut to its shortest sequence, a
-random subset of tokens stays instead of the first ones in raster order (which loses the end of the clip).
+Three layers, each without random state of its own: sizes of blocks from uniform numbers (`union_size`, `separate_sizes`); keep
+maps from sizes and corners (`union_context`, `separate_blocks`); a rectangular batch from keep maps (`cut`). `draw_masks` feeds
+them with counter-based random numbers. The tests feed them with the draws of the reference collators (V-JEPA 2's
+multiseq_multiblock3d and I-JEPA's multiblock) and get the same ids.
+
+Differences from the reference, on purpose: every draw is keyed by its step or sample number, so that workers, ranks and restarts
+agree; where rows are cut to the shortest, a random subset can stay instead of the first tokens, which lose the end of the clip;
+a context or target of one token works; and blocks that can never fit are an error instead of an endless loop.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
-from jepa_core.config import MaskConfig
-from jepa_core.rope import Grid
-from jepa_core.sampling import Stream, generator
+from jepa_core.config import MaskConfig, MaskPolicy
+from jepa_core.positions import Grid
+from jepa_core.sampling import Stream, generator, random_words, splitmix, uniforms
 
 MAX_REDRAWS = 100
+"""Attempts to find blocks that leave a context (`union`); the reference tries for ever."""
+ATTEMPTS_PER_TARGET = 20
+"""Failed context blocks after which one target fewer is taken out of them (`separate`; reference: timeout)."""
+
+Corners = Callable[[np.ndarray, int], np.ndarray]
+"""Where the blocks of some rows begin: (rows int64 [R], number of the attempt) -> corners int64 [R, P, 3] as (t, h, w)."""
+Keys = Callable[[], np.ndarray]
+"""A random key of each row: uint64 [B]. Called only where a policy needs random bits."""
 
 
-class MaskIds(NamedTuple):
-    """Token ids int64, ascending: context [B, K] and target [B, M]."""
+class Masks(NamedTuple):
+    """Token ids of one mask type for a batch. P is 1 for kind `union` and num_blocks for `separate`.
+
+    Padded entries (policy `exact`) repeat the row's last id and are marked False. `separate` targets are never padded.
+    """
 
     context: np.ndarray
+    """int64 [B, K], ascending."""
     target: np.ndarray
+    """int64 [P, B, M], ascending."""
+    context_valid: np.ndarray | None
+    """bool [B, K]; None when every entry is real."""
+    target_valid: np.ndarray | None
+    """bool [P, B, M]; None when every entry is real."""
+
+    def ratios(self, grid: Grid) -> tuple[float, float]:
+        """Mean share of the grid's tokens in the context, and in one target. Padding does not count."""
+        context = self.context.shape[-1] if self.context_valid is None else self.context_valid.sum(axis=-1).mean()
+        target = self.target.shape[-1] if self.target_valid is None else self.target_valid.sum(axis=-1).mean()
+        return float(context) / grid.num_tokens, float(target) / grid.num_tokens
 
 
-def draw_masks(config: MaskConfig, index: int, grid: Grid, seed: int, step: int, samples: Sequence[int]) -> MaskIds:
-    """The masks number `index` of a batch of sample numbers at a step.
+class BlockSize(NamedTuple):
+    """Tokens of a block along time, height and width."""
 
-    Raises ValueError when the configuration leaves no context: the message has the numbers.
+    t: int
+    h: int
+    w: int
+
+
+def draw_masks(
+    config: MaskConfig, index: int, grid: Grid, seed: int, step: int, samples: Sequence[int], policy: MaskPolicy = "random"
+) -> Masks:
+    """The masks number `index` of a batch of B sample numbers at a step.
+
+    A sample's blocks depend on the other rows in nothing; what the policy keeps of them only through the common length.
+    Raises ValueError when blocks of the configuration cannot be placed on the grid; the message has the numbers.
     """
-    size = _block_size(config, grid, generator(seed, Stream.MASK_SIZE, step, index))
-    kept = np.stack([_keep_map(config.num_blocks, size, grid, seed, int(n), index) for n in samples])
-    return MaskIds(_cut(kept, seed, samples, index), _cut(~kept, seed, samples, index))
+    size_draws = generator(seed, Stream.MASK_SIZE, step, index).random(3)
+    numbers = np.asarray(samples)
+
+    def keys() -> np.ndarray:
+        return random_words(seed, Stream.MASK_CUT, index, numbers, 0, 1)[:, 0]
+
+    def draw(rows: np.ndarray, first: int, count: int) -> np.ndarray:
+        return uniforms(seed, Stream.MASK_POSITION, index, numbers[rows], first, count)
+
+    if config.kind == "separate":
+        target_size, context_size = separate_sizes(config, grid, size_draws[:2])
+        target_corners = _corners_2d(draw(np.arange(len(numbers)), 0, config.num_blocks), grid, target_size)
+
+        def context_corners(rows: np.ndarray, attempt: int) -> np.ndarray:
+            return _corners_2d(draw(rows, config.num_blocks + attempt, 1), grid, context_size)
+
+        context, target = separate_blocks(config, grid, target_size, context_size, target_corners, context_corners)
+        ((ids, valid),) = cut(context[None], policy, 0, keys)
+        return Masks(ids, target, valid, None)
+
+    size = union_size(config, grid, size_draws)
+    corners = partial(_union_corners, draw, config.num_blocks, grid, size)
+    context = union_context(config, grid, size, len(numbers), corners)
+    (ids, valid), (target, target_valid) = cut(np.stack([context, ~context]), policy, config.max_context, keys)
+    return Masks(ids, target[None], valid, None if target_valid is None else target_valid[None])
 
 
-def _block_size(config: MaskConfig, grid: Grid, rng: np.random.Generator) -> tuple[int, int, int]:
-    """(t, h, w) of one block, in tubelets: scale of the grid's area, then aspect ratio h / w."""
-    temporal, spatial, aspect = (rng.uniform(*r) for r in (config.temporal_scale, config.spatial_scale, config.aspect_ratio))
-    t = max(1, int(grid.t * temporal))
-    area = int(grid.h * grid.w * spatial)
-    h = int(np.clip(round((area * aspect) ** 0.5), 1, grid.h))
-    w = int(np.clip(round((area / aspect) ** 0.5), 1, grid.w))
-    return t, h, w
+# Layer 1: sizes of blocks.
 
 
-def _keep_map(num_blocks: int, size: tuple[int, int, int], grid: Grid, seed: int, sample: int, index: int) -> np.ndarray:
-    """Bool [N], True where a token stays context."""
-    rng = generator(seed, Stream.MASK_POSITION, sample, index)
-    limits = np.array([grid.t - size[0], grid.h - size[1], grid.w - size[2]]) + 1
-    for _ in range(MAX_REDRAWS):
-        keep = np.ones(grid, dtype=bool)
-        for start in rng.integers(0, limits, size=(num_blocks, 3)):
-            keep[tuple(slice(s, s + length) for s, length in zip(start, size, strict=True))] = False
-        if keep.any():
-            return keep.ravel()
+def union_size(config: MaskConfig, grid: Grid, draws: Sequence[float]) -> BlockSize:
+    """Size of every block of a step from three uniform numbers: temporal scale, spatial scale, aspect ratio h / w."""
+    temporal, spatial, aspect = map(_scaled, draws, (config.temporal_scale, config.spatial_scale, config.aspect_ratio))
+    h, w = _rectangle(int(grid.h * grid.w * spatial), aspect)
+    return BlockSize(max(1, int(grid.t * temporal)), min(max(1, h), grid.h), min(max(1, w), grid.w))
+
+
+def separate_sizes(config: MaskConfig, grid: Grid, draws: Sequence[float]) -> tuple[BlockSize, BlockSize]:
+    """Sizes (target, context) of a step from two uniform numbers, one for each.
+
+    As in I-JEPA's reference, the target's number sets its scale and its aspect ratio, so that large blocks are also the tall
+    ones, and blocks are smaller than the grid along both axes. Raises ValueError for grids with time and for blocks that have
+    min_tokens or fewer, with which the reference never returns.
+    """
+    if grid.t != 1:
+        raise ValueError(f"separate mask blocks are for images: the grid {tuple(grid)} has {grid.t} steps of time, not 1")
+    area = grid.h * grid.w
+    target = _rectangle(int(area * _scaled(draws[0], config.spatial_scale)), _scaled(draws[0], config.aspect_ratio))
+    context = _rectangle(int(area * _scaled(draws[1], config.context_scale)), 1.0)
+    sizes = [BlockSize(1, min(h, grid.h - 1), min(w, grid.w - 1)) for h, w in (target, context)]
+    for name, size in zip(("target", "context"), sizes, strict=True):
+        if size.h * size.w <= config.min_tokens:
+            raise ValueError(
+                f"a {name} block of {tuple(size)} (t, h, w) on a grid of {tuple(grid)} has no more than min_tokens = "
+                f"{config.min_tokens} tokens: use larger blocks, a larger crop or a smaller min_tokens"
+            )
+    return sizes[0], sizes[1]
+
+
+def _scaled(draw: float, limits: tuple[float, float]) -> float:
+    low, high = limits
+    return low + draw * (high - low)
+
+
+def _rectangle(area: int, aspect: float) -> tuple[int, int]:
+    """(h, w) nearest to an area and h / w; halves go to the even number, as in the reference."""
+    return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+
+
+# Layer 2: keep maps.
+
+
+def union_context(config: MaskConfig, grid: Grid, size: BlockSize, batch: int, corners: Corners) -> np.ndarray:
+    """Context of kind `union`: bool [B, N], False in the union of a row's blocks and after max_temporal_keep.
+
+    What that cuts off becomes target, as in the reference. Rows without context are drawn again. Raises ValueError when some
+    row has none in MAX_REDRAWS attempts.
+    """
+    in_time = np.arange(grid.t) < max(1, int(grid.t * config.max_temporal_keep))
+    context = np.empty((batch, *grid), dtype=bool)
+    rows = np.arange(batch)
+    for attempt in range(MAX_REDRAWS):
+        free = ~_covered(corners(rows, attempt), size, grid)
+        context[rows] = free & in_time[:, None, None]
+        # The first step is always in time, so a tube map tells by itself whether a context is left.
+        left = (free if free.shape[1] == 1 else context[rows]).any(axis=(1, 2, 3))
+        if left.all():
+            return context.reshape(batch, -1)
+        rows = rows[~left]
     raise ValueError(
-        f"{num_blocks} mask blocks of {size} (t, h, w) leave no context on a grid of {tuple(grid)} in {MAX_REDRAWS} draws: "
-        "use fewer or smaller blocks, or a larger crop"
+        f"{config.num_blocks} mask blocks of {tuple(size)} (t, h, w) leave no context on a grid of {tuple(grid)} in "
+        f"{MAX_REDRAWS} draws: use fewer or smaller blocks, or a larger crop"
     )
 
 
-def _cut(chosen: np.ndarray, seed: int, samples: Sequence[int], index: int) -> np.ndarray:
-    """Ids of True tokens per row, each row cut to the shortest by a random subset: bool [B, N] -> int64 [B, K]."""
-    shortest = int(chosen.sum(axis=1).min())
-    rows = []
-    for row, sample in zip(chosen, samples, strict=True):
-        ids = np.flatnonzero(row)
-        if len(ids) > shortest:
-            ids = np.sort(generator(seed, Stream.MASK_CUT, int(sample), index).permutation(ids)[:shortest])
-        rows.append(ids)
-    return np.stack(rows)
+def separate_blocks(
+    config: MaskConfig,
+    grid: Grid,
+    target_size: BlockSize,
+    context_size: BlockSize,
+    target_corners: np.ndarray,
+    context_corners: Corners,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of kind `separate`: context bool [B, N] and target ids int64 [P, B, M], from target corners int64 [B, P, 3].
+
+    The context is one block without the targets, drawn again until it has more than min_tokens tokens. Each time that
+    ATTEMPTS_PER_TARGET attempts have failed, the last of the targets still taken out is left in: context and target may then
+    overlap, as in the reference.
+    """
+    batch, num_blocks, _ = target_corners.shape
+    context = np.empty((batch, grid.num_tokens), dtype=bool)
+    rows = np.arange(batch)
+    attempt = 0
+    while rows.size:
+        taken_out = max(0, num_blocks - attempt // ATTEMPTS_PER_TARGET)
+        block = _covered(context_corners(rows, attempt), context_size, grid)
+        free = block & ~_covered(target_corners[rows, :taken_out], target_size, grid)
+        context[rows] = free.reshape(len(rows), -1)
+        rows = rows[free.sum(axis=(1, 2, 3)) <= config.min_tokens]
+        attempt += 1
+    first = target_corners[..., 1] * grid.w + target_corners[..., 2]
+    inside = (np.arange(target_size.h)[:, None] * grid.w + np.arange(target_size.w)).ravel()
+    return context, first.T[..., None] + inside
+
+
+def _covered(corners: np.ndarray, size: BlockSize, grid: Grid) -> np.ndarray:
+    """Union of each row's blocks: corners int64 [R, P, 3] -> bool [R, T, H, W], or [R, 1, H, W] for blocks of full length."""
+    rows, cols = (_spans(corners[..., axis], size[axis], grid[axis]) for axis in (1, 2))
+    if size.t < grid.t:
+        steps = _spans(corners[..., 0], size.t, grid.t)
+        rows = (steps[..., :, None] & rows[..., None, :]).reshape(*steps.shape[:2], -1)
+    # A product of matrices counts the blocks over each cell; counts are small integers, so float32 is exact.
+    blocks = rows.astype(np.float32).swapaxes(1, 2) @ cols.astype(np.float32)
+    return blocks.reshape(len(corners), -1, grid.h, grid.w) > 0
+
+
+def _spans(starts: np.ndarray, length: int, extent: int) -> np.ndarray:
+    """int64 [R, P] -> bool [R, P, extent], True from each start for `length` cells."""
+    offset = np.arange(extent) - starts[..., None]
+    return (offset >= 0) & (offset < length)
+
+
+def _union_corners(draw: Callable, num_blocks: int, grid: Grid, size: BlockSize, rows: np.ndarray, attempt: int) -> np.ndarray:
+    """Corners of kind `union`: every place that fits is equally likely. Times come last, and blocks of full length need none."""
+    per_attempt = num_blocks + (num_blocks + 1) // 2
+    count = per_attempt if size.t < grid.t else num_blocks
+    u = draw(rows, attempt * per_attempt, count)
+    corners = np.zeros((len(rows), num_blocks, 3), dtype=np.int64)
+    places = np.array([grid.h - size.h, grid.w - size.w]) + 1
+    corners[..., 1:] = u[:, : 2 * num_blocks].reshape(-1, num_blocks, 2) * places
+    if size.t < grid.t:
+        corners[..., 0] = u[:, 2 * num_blocks : 3 * num_blocks] * (grid.t - size.t + 1)
+    return corners
+
+
+def _corners_2d(u: np.ndarray, grid: Grid, size: BlockSize) -> np.ndarray:
+    """Corners of kind `separate`: float64 [R, 2 * P] -> int64 [R, P, 3].
+
+    As in the reference, the last place that fits is never used: blocks don't reach the bottom row and the right column.
+    """
+    corners = np.zeros((len(u), u.shape[1] // 2, 3), dtype=np.int64)
+    corners[..., 1:] = u.reshape(len(u), -1, 2) * np.array([grid.h - size.h, grid.w - size.w])
+    return corners
+
+
+# Layer 3: from keep maps of different sizes to a rectangle.
+
+
+def cut(maps: np.ndarray, policy: MaskPolicy, max_context: int, keys: Keys) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Ids of the True tokens as the policy batches them: bool [G, B, N] -> G times (ids int64 [B, K], valid bool [B, K] or None).
+
+    `max_context` limits map 0 (0: no limit); under `exact`, rows above it keep a random subset.
+    """
+    counts = maps.view(np.uint8).sum(axis=-1, dtype=np.uint32).astype(np.int64)
+    lengths = counts.max(axis=1) if policy == "exact" else counts.min(axis=1)
+    if max_context:
+        lengths[0] = min(lengths[0], max_context)
+    wanted = np.minimum(counts, lengths[:, None])
+    if policy != "first" and (counts > wanted).any():
+        maps, counts = _random_subsets(maps, counts, wanted, keys()), wanted
+    batches = []
+    for group, length, count in zip(maps, lengths, counts, strict=True):
+        tokens = np.flatnonzero(group)  # of all rows, one row after another
+        begin = count.cumsum() - count
+        if policy == "exact":
+            place = np.arange(length)
+            valid = place < count[:, None]
+            ids = tokens[begin[:, None] + np.minimum(place, count[:, None] - 1)]
+        else:
+            valid = None
+            ids = sliding_window_view(tokens, length)[begin]
+        ids -= np.arange(0, group.size, group.shape[-1])[:, None]
+        batches.append((ids, valid))
+    return batches
+
+
+def _random_subsets(maps: np.ndarray, counts: np.ndarray, wanted: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """A uniformly random subset of `wanted` int64 [G, B] of the `counts` True tokens of each row: bool [G, B, N] -> same.
+
+    Sorting random numbers would take most of the time of a batch. Instead each token stays by a random octet of its own, with
+    about the right chance, and then as many tokens as are too many (too few), drawn without replacement, leave (come back).
+    No token is preferred at any point, so that all subsets are equally likely, whatever the rounding of the chance. Context and
+    target share the octets: they have no token in common.
+    """
+    num_tokens = maps.shape[-1]
+    octet_words = -(-num_tokens // 8)
+    octets = splitmix(keys, 0, octet_words).view(np.uint8)[:, :num_tokens]
+    chance = np.minimum(256 * wanted // counts, 255).astype(np.uint8)  # 255 keeps all: only then may all be wanted
+    chosen = octets <= chance[..., None]
+    chosen &= maps
+    kept = chosen.view(np.uint8).sum(axis=-1, dtype=np.uint32).astype(np.int64)
+    missing = kept < wanted
+    pool = chosen ^ missing[..., None]
+    pool &= maps
+    pool_sizes = np.where(missing, counts - kept, kept)
+    picks = _picks(pool_sizes.ravel(), np.abs(kept - wanted).ravel(), maps.shape, partial(splitmix, keys, octet_words))
+    chosen.ravel()[np.flatnonzero(pool)[picks]] ^= True
+    return chosen
+
+
+def _picks(pool_sizes: np.ndarray, wanted: np.ndarray, shape: tuple[int, ...], words: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Draws `wanted` int64 [G * B] different members of each pool: positions int64 in the list of all pools' members.
+
+    Each pool takes the first different ones of an endless row of draws. `shape` is (G, B, N); `words(n)` gives the first
+    uint64 [B, n] of those rows, the groups' words alternating.
+    """
+    groups, batch, num_tokens = shape
+    order_drawn = np.empty((len(wanted), num_tokens), dtype=np.int32)
+    rows = np.arange(len(wanted))[:, None]
+    count = int(wanted.max()) + 8
+    while True:
+        bits = words(count * groups).reshape(batch, count, groups).transpose(2, 0, 1).reshape(-1, count)
+        ranks = ((bits >> np.uint64(32)).astype(np.int64) * pool_sizes[:, None]) >> 32
+        order = np.arange(count)
+        order_drawn[rows, ranks[:, ::-1]] = order[::-1]  # numpy keeps the last of repeated assignments: here the first draw
+        new = order_drawn[rows, ranks] == order
+        taken = new & (new.cumsum(axis=1) <= wanted[:, None])
+        if taken.sum() == wanted.sum():
+            return (ranks + (pool_sizes.cumsum() - pool_sizes)[:, None])[taken]
+        count *= 2

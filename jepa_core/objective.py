@@ -1,20 +1,22 @@
-"""Losses, the target encoder's update, schedules, optimizer groups and health numbers of training.
+"""Losses and health numbers of training.
 
-Legend: B batch, N tokens, M target tokens, D width, T steps, P patch tokens of a step.
+Legend: B batch, N tokens, K context tokens, M target tokens, D width, L levels, T steps, P patch tokens of a step.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from jepa_core.config import OptimConfig
+from jepa_core.positions import Grid, token_positions
 
 
-def normalize_targets(features: Tensor) -> Tensor:
-    """LayerNorm without weights over the last axis, in float32: what the predictor has to hit (reference train.py)."""
-    return F.layer_norm(features.float(), features.shape[-1:])
+def normalize_targets(features: Tensor, levels: int = 1) -> Tensor:
+    """LayerNorm without weights, in float32, over each level of [..., L*D]: what the predictor has to hit (vjepa2)."""
+    features = features.float().unflatten(-1, (levels, -1))
+    return F.layer_norm(features, features.shape[-1:]).flatten(-2)
 
 
 def latent_l1(prediction: Tensor, target: Tensor) -> Tensor:
@@ -22,52 +24,72 @@ def latent_l1(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target).abs().mean()
 
 
+def latent_loss(
+    prediction: Tensor,
+    target: Tensor,
+    kind: Literal["l1", "smooth_l1"],
+    valid: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Mean difference of predictions and targets [B, M, D], in float32, over valid tokens.
+
+    `valid` bool [B, M] leaves padding out. `weight` [B, M] multiplies a token's part; the mean still divides by the number of
+    tokens, as the reference's does.
+    """
+    prediction = prediction.float()
+    if valid is None and weight is None:
+        return latent_l1(prediction, target) if kind == "l1" else F.smooth_l1_loss(prediction, target)
+    each = (prediction - target).abs() if kind == "l1" else F.smooth_l1_loss(prediction, target, reduction="none")
+    each = each.mean(dim=-1)
+    if weight is not None:
+        each = each * weight
+    return each.mean() if valid is None else (each * valid).sum() / valid.sum()
+
+
+def context_distance_weight(context_ids: Tensor, target_ids: Tensor, grid: Grid, target_valid: Tensor | None = None) -> Tensor:
+    """V-JEPA 2.1: 1 / sqrt(distance to the nearest target token) per context token, float32 [B, K].
+
+    Ids int64 [B, K] and [B, M]; the distance is Euclidean over (t, h, w), in patches of the 16x16 grid of 256 px.
+    """
+    positions = torch.stack(token_positions(grid), dim=-1).to(context_ids.device)
+    distance = torch.cdist(positions[context_ids], positions[target_ids])
+    if target_valid is not None:
+        distance = distance.masked_fill(~target_valid[:, None, :], float("inf"))
+    return (distance.amin(dim=-1) / max(1, grid.h // 16)).rsqrt()
+
+
 def mean_predictor_l1(target: Tensor) -> Tensor:
     """L1 of the trivial predictor that answers the batch's mean token [D] everywhere: a loss below it shows skill."""
     return (target - target.mean(dim=(0, 1), keepdim=True)).abs().mean()
 
 
+RolloutVariant = Literal["fixed", "released"]
+
+
 def action_losses(
-    predict: Callable[[Tensor, Tensor, Tensor], Tensor], z: Tensor, actions: Tensor, states: Tensor, rollout_steps: int
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    z: Tensor,
+    actions: Tensor,
+    states: Tensor,
+    rollout_steps: int,
+    variant: RolloutVariant = "fixed",
 ) -> tuple[Tensor, Tensor]:
     """(teacher forcing, rollout) losses of V-JEPA 2-AC, section 3.1.
 
     z [B, T, P, D] normalised target tokens, actions [B, T-1, A], states [B, T, S]. `predict(z, a, s)` returns normalised tokens,
     slot t for step t+1. The rollout feeds predictions back for `rollout_steps` steps, with true states and with gradients
-    through every step; it starts from step 1's own prediction (the fixed variant, vjepa2 PR 25).
+    through every step. `fixed` starts it from the prediction of step 1; `released` from that of step 2 in its place, the
+    mistake under which the published weights were trained (vjepa2 PR 25), and needs three frames.
     """
     forced = predict(z[:, :-1], actions, states[:, :-1])
-    rolled = torch.cat([z[:, :1], forced[:, :1]], dim=1)
+    start = 1 if variant == "released" else 0
+    if forced.shape[1] <= start:
+        raise ValueError(f"the {variant} rollout needs {start + 2} frames, got {z.shape[1]}")
+    rolled = torch.cat([z[:, :1], forced[:, start : start + 1]], dim=1)
     for step in range(1, rollout_steps):
         following = predict(rolled, actions[:, : step + 1], states[:, : step + 1])[:, -1:]
         rolled = torch.cat([rolled, following], dim=1)
     return latent_l1(forced, z[:, 1:]), latent_l1(rolled[:, 1:], z[:, 1 : rollout_steps + 1])
-
-
-@torch.no_grad()
-def ema_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """Target <- momentum * target + (1 - momentum) * online, all parameters in one fused call."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - momentum)
-
-
-def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
-    """Warmup (linear), constant, decay (linear to final_lr over the last `decay_steps`): a pure function of the step."""
-    if step < config.warmup_steps:
-        return config.start_lr + (config.lr - config.start_lr) * step / config.warmup_steps
-    decay_start = total_steps - config.decay_steps
-    if step > decay_start:
-        return config.lr + (config.final_lr - config.lr) * (step - decay_start) / config.decay_steps
-    return config.lr
-
-
-def make_optimizer(modules: Iterable[nn.Module], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: biases and norms (one axis) are left alone (reference app/vjepa/utils.py)."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 @torch.no_grad()

@@ -1,82 +1,90 @@
-"""The two predictors: masked (pretraining) and action-conditioned (post-training). Official weight names.
+"""The masked predictor of pretraining, with the official weight names.
 
-Legend: B batch, K context tokens, M target tokens, D encoder width, T steps, P patch tokens of a step, A action, S state.
+Legend: B batch, K context tokens, M target tokens, D encoder width, L levels.
 """
 
 import torch
 from torch import Tensor, nn
 
-from jepa_core.config import ActionPredictorConfig, PredictorConfig
-from jepa_core.encoder import init_weights, make_blocks
-from jepa_core.rope import Grid, action_rope_table, rope_table
-
-CONDITION_TOKENS = 2
-"""An action token and a state token stand before the patch tokens of each step."""
+from jepa_core.blocks import WEIGHT_STD, init_weights, make_blocks, run_blocks
+from jepa_core.config import EncoderConfig, PredictorConfig
+from jepa_core.positions import Grid, resample_table, rope_table, sincos_table
 
 
 class MaskedPredictor(nn.Module):
     """Predicts the target encoder's output at masked positions from the encoder's output at visible ones (section 2.1)."""
 
-    def __init__(self, config: PredictorConfig, encoder_dim: int, num_mask_tokens: int) -> None:
+    def __init__(self, config: PredictorConfig, encoder: EncoderConfig, num_masks: int) -> None:
         super().__init__()
-        self.config = config
-        self.predictor_embed = nn.Linear(encoder_dim, config.dim)
-        tokens = [nn.Parameter(torch.zeros(1, 1, config.dim)) for _ in range(num_mask_tokens)]
+        self.config, self.position, self.native = config, encoder.position, Grid(*encoder.native_grid)
+        self.marks_images = encoder.image_tokenizer
+        if config.levels == 1:
+            self.predictor_embed = nn.Linear(encoder.dim, config.dim)
+        else:
+            wide = nn.Linear(encoder.dim * config.levels, encoder.dim)
+            self.predictor_embed = nn.Sequential(wide, nn.GELU(), nn.Linear(encoder.dim, config.dim))
+        tokens = [nn.Parameter(torch.zeros(1, 1, config.dim)) for _ in range(config.num_mask_tokens or num_masks)]
         self.mask_tokens = nn.ParameterList(tokens)
+        if self.marks_images:
+            self.img_mod_embed = nn.Parameter(torch.zeros(1, 1, config.dim))
+            self.video_mod_embed = nn.Parameter(torch.zeros(1, 1, config.dim))
+        if self.position.startswith("sincos"):
+            self.register_buffer("predictor_pos_embed", torch.empty(1, self.native.num_tokens, config.dim))
         self.predictor_blocks = make_blocks(config.dim, config.depth, config.heads, config.mlp_ratio)
         self.predictor_norm = nn.LayerNorm(config.dim, eps=1e-6)
-        self.predictor_proj = nn.Linear(config.dim, encoder_dim)
+        width = config.levels * (config.target_dim or encoder.dim)
+        self.predictor_proj = nn.Linear(config.dim, width)
+        if config.predict_context:
+            self.predictor_proj_context = nn.Linear(config.dim, width)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The reference's initial weights: mask tokens are zero, but for I-JEPA."""
         init_weights(self, self.predictor_blocks)
+        for token in self.mask_tokens:
+            if self.position == "sincos_image":
+                nn.init.trunc_normal_(token, std=WEIGHT_STD)
+            else:
+                nn.init.zeros_(token)
+        if self.marks_images:
+            nn.init.normal_(self.img_mod_embed, std=1e-6)
+            nn.init.normal_(self.video_mod_embed, std=1e-6)
+        if self.position.startswith("sincos"):
+            self.predictor_pos_embed.copy_(sincos_table(self.native, self.config.dim, self.position))
 
-    def forward(self, context: Tensor, context_ids: Tensor, target_ids: Tensor, grid: Grid, mask_index: int) -> Tensor:
-        """Context [B, K, D] at ids int64 [B, K], targets at ids int64 [B, M] -> predictions [B, M, D].
+    def forward(
+        self,
+        context: Tensor,
+        context_ids: Tensor,
+        target_ids: Tensor,
+        grid: Grid,
+        mask_index: int,
+        valid: Tensor | None = None,
+        image: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Context [B, K, L*D] at ids int64 [B, K], targets at ids [B, M] -> predictions [B, M, L*D] and [B, K, L*D].
 
-        The reference sorts tokens by position before its blocks; attention does not see the order, so we do not.
+        The second, of the context, is None unless config.predict_context. `valid` bool [B, K+M] marks real entries where rows are
+        padded. The reference sorts tokens by position before its blocks; attention does not see the order, so we do not.
         """
-        mask_token = self.mask_tokens[mask_index].expand(*target_ids.shape, -1)
-        x = torch.cat([self.predictor_embed(context), mask_token.to(context.dtype)], dim=1)
-        table = rope_table(grid, self.config.dim // self.config.heads, x.device)
-        rope = table[torch.cat([context_ids, target_ids], dim=1)].unsqueeze(1)
-        for block in self.predictor_blocks:
-            x = block(x, rope=rope)
-        return self.predictor_proj(self.predictor_norm(x[:, context_ids.shape[1] :]))
-
-
-class ActionPredictor(nn.Module):
-    """Predicts the next frame's tokens from past frames, actions and states: the world model of V-JEPA 2-AC (section 3)."""
-
-    def __init__(self, config: ActionPredictorConfig, encoder_dim: int) -> None:
-        super().__init__()
-        self.config = config
-        self.predictor_embed = nn.Linear(encoder_dim, config.dim)
-        self.action_encoder = nn.Linear(config.action_dim, config.dim)
-        self.state_encoder = nn.Linear(config.state_dim, config.dim)
-        self.predictor_blocks = make_blocks(config.dim, config.depth, config.heads, config.mlp_ratio)
-        self.predictor_norm = nn.LayerNorm(config.dim, eps=1e-6)
-        self.predictor_proj = nn.Linear(config.dim, encoder_dim)
-        init_weights(self, self.predictor_blocks)
-
-    def forward(self, z: Tensor, actions: Tensor, states: Tensor, grid_hw: tuple[int, int]) -> Tensor:
-        """Tokens [B, T, P, D], actions [B, T, A], states [B, T, S] -> [B, T, P, D]; slot t predicts the tokens of step t+1.
-
-        A token of step t sees all tokens of steps up to t (block-causal mask, built for the T in use).
-        """
-        num_steps, num_patches = z.shape[1:3]
-        conditions = torch.stack([self.action_encoder(actions * self.config.action_scale), self.state_encoder(states)], dim=2)
-        x = torch.cat([conditions, self.predictor_embed(z).to(conditions.dtype)], dim=2).flatten(1, 2)
-        grid = Grid(num_steps, *grid_hw)
-        rope = action_rope_table(grid, self.config.dim // self.config.heads, CONDITION_TOKENS, x.device)
-        mask = block_causal_mask(num_steps, CONDITION_TOKENS + num_patches, x.device)
-        for block in self.predictor_blocks:
-            x = block(x, rope=rope, attn_mask=mask)
-        x = x.unflatten(1, (num_steps, CONDITION_TOKENS + num_patches))[:, :, CONDITION_TOKENS:]
-        predicted = self.predictor_proj(self.predictor_norm(x))
-        return z + predicted if self.config.predict_change else predicted
-
-
-def block_causal_mask(num_steps: int, tokens_per_step: int, device: torch.device) -> Tensor | None:
-    """Bool [L, L], L = steps * tokens: True where a token may look. None for one step, where every token may."""
-    if num_steps == 1:
-        return None
-    step = torch.arange(num_steps, device=device).repeat_interleave(tokens_per_step)
-    return step[:, None] >= step[None, :]
+        num_context = context_ids.shape[1]
+        ids = torch.cat([context_ids, target_ids], dim=1)
+        x = self.predictor_embed(context)
+        mask_token = self.mask_tokens[mask_index % len(self.mask_tokens)].to(x.dtype)
+        x = torch.cat([x, mask_token.expand(*target_ids.shape, -1)], dim=1)
+        rope = None
+        if self.position.startswith("sincos"):
+            x = x + resample_table(self.predictor_pos_embed, self.native, grid)[0].to(x.dtype)[ids]
+        else:
+            head_dim = self.config.dim // self.config.heads
+            rope = rope_table(grid, self.native, head_dim, self.position, 0, x.device, x.dtype)[ids].unsqueeze(1)
+        if self.marks_images:
+            x = x + (self.img_mod_embed if image else self.video_mod_embed).to(x.dtype)
+        mask = None if valid is None else valid[:, None, None, :]
+        checkpointing = self.config.activation_checkpointing
+        x, _ = run_blocks(self.predictor_blocks, x, rope, mask, checkpointing=checkpointing)
+        if not self.config.predict_context:
+            return self.predictor_proj(self.predictor_norm(x[:, num_context:])), None
+        x = self.predictor_norm(x)
+        return self.predictor_proj(x[:, num_context:]), self.predictor_proj_context(x[:, :num_context])

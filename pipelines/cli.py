@@ -24,7 +24,10 @@ class Verb:
     summary: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    positional: str | None = None
+    positional: tuple[str, ...] = ()
+    """Options that words without `=` fill, in this order."""
+    flags: tuple[tuple[str, str], ...] = ()
+    """(long flag without dashes, the option it sets)."""
 
 
 VERBS = {
@@ -50,7 +53,16 @@ VERBS = {
         ("run.dir",),
     ),
     "plan": Verb(schema.PlanConfig, "pipelines.plan", "plan to goal images in the simulator", ("model",), ("run.dir",)),
-    "report": Verb(schema.ReportConfig, "pipelines.report", "one HTML page about a run", ("run",), ("out",), "run"),
+    "report": Verb(schema.ReportConfig, "pipelines.report", "one HTML page about a run", ("run",), ("out",), ("run",)),
+    "convert": Verb(
+        schema.ConvertConfig,
+        "pipelines.convert",
+        "weights between official, transformers and our files",
+        ("source",),
+        ("destination",),
+        ("source", "destination"),
+        (("from", "from_format"), ("to", "to_format")),
+    ),
     "demo": Verb(schema.DemoConfig, "pipelines.demo", "all of the above at toy scale", ("source",), ("dir",)),
 }
 
@@ -79,22 +91,36 @@ def _run(arguments: list[str], reporter: Reporter) -> int:
     if name not in VERBS:
         raise UsageError(f"unknown verb {name!r}: choose from {', '.join(VERBS)}")
     verb = VERBS[name]
-    flags = {item for item in rest if item.startswith("-")}
-    overrides = [item for item in rest if not item.startswith("-")]
-    if unknown := flags - {"-h", "--help", "--dry-run"}:
-        raise UsageError(f"unknown option {sorted(unknown)[0]}: options are written key=value; flags are --help and --dry-run")
-    if flags & {"-h", "--help"}:
+    if "-h" in rest or "--help" in rest:
         print(_help(name, verb))
         return EXIT_OK
-    if verb.positional and overrides and "=" not in overrides[0]:
-        overrides[0] = f"{verb.positional}={overrides[0]}"
-    config = schema.load(verb.options, name, overrides)
-    if "--dry-run" in flags:
+    config = schema.load(verb.options, name, overrides(verb, [item for item in rest if item != "--dry-run"]))
+    if "--dry-run" in rest:
         print(_dry_run(name, verb, config))
         return EXIT_OK
     result = importlib.import_module(verb.module).run(config, reporter)
     reporter.summary(name, **result)
     return EXIT_OK
+
+
+def overrides(verb: Verb, arguments: Sequence[str]) -> list[str]:
+    """Words and flags of a command as key=value. Raises UsageError for a flag that the verb does not have."""
+    settings, flags, places, words = [], dict(verb.flags), list(verb.positional), list(arguments)
+    while words:
+        word = words.pop(0)
+        if word.startswith("-"):
+            flag, equals, value = word.removeprefix("--").partition("=")
+            if flag not in flags:
+                known = ", ".join(f"--{name}" for name in (*flags, "help", "dry-run"))
+                raise UsageError(f"unknown option {word}: options are written key=value; flags are {known}")
+            if not equals and not words:
+                raise UsageError(f"{word} needs a value: write {word} VALUE")
+            settings.append(f"{flags[flag]}={value if equals else words.pop(0)}")
+        elif places and "=" not in word.split("/", 1)[0]:  # a path may hold = further down
+            settings.append(f"{places.pop(0)}={word}")
+        else:
+            settings.append(word)
+    return settings
 
 
 def _fail(reporter: Reporter, message: str, code: int) -> int:

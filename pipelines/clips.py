@@ -8,7 +8,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from jepa_core.config import ClipConfig
+from jepa_core.config import ClipConfig, EncoderConfig
 from jepa_core.sampling import Stream, clip_frames, crop_box, generator, video_of_sample
 from pipelines import storage
 from pipelines.columns import FAILURES, SAMPLE
@@ -17,17 +17,24 @@ from pipelines.errors import InputRefused
 from pipelines.video import VideoRefused, decode_clip, tubelets
 
 TUBELETS = "tubelets"
-"""uint8 [B, N, 1536]"""
+"""uint8 [B, N, P], P values of a tubelet (1536 for 2x16x16 pixels)"""
 COLUMNS = ("uri", "stream", "width", "height", "time_base_num", "time_base_den", "pts")
 
 
 def clip_dataset(
-    videos: pa.Table, clip: ClipConfig, seed: int, blocks: ray.data.Dataset, first_sample: int, data: DataConfig
+    videos: pa.Table,
+    clip: ClipConfig,
+    encoder: EncoderConfig,
+    seed: int,
+    blocks: ray.data.Dataset,
+    first_sample: int,
+    data: DataConfig,
 ) -> ray.data.Dataset:
     """Decoded training clips. `videos` are catalog rows in order; they travel once, through the object store."""
     kwargs = {
         "videos": ray.put(videos.select(list(COLUMNS))),
         "clip": clip,
+        "encoder": encoder,
         "seed": seed,
         "first_sample": first_sample,
         "max_replacements": data.max_replacements,
@@ -37,15 +44,24 @@ def clip_dataset(
 
 
 def decode_batch(
-    batch: dict[str, np.ndarray], *, videos: Any, clip: ClipConfig, seed: int, first_sample: int, max_replacements: int
+    batch: dict[str, np.ndarray],
+    *,
+    videos: Any,
+    clip: ClipConfig,
+    encoder: EncoderConfig,
+    seed: int,
+    first_sample: int,
+    max_replacements: int,
 ) -> dict[str, np.ndarray]:
-    """One worker's batch: columns sample [B], tubelets [B, N, 1536], uri [B], failures [B]. Pure in its arguments."""
+    """One worker's batch: columns sample [B], tubelets [B, N, P], uri [B], failures [B]. Pure in its arguments."""
     table = ray.get(videos)
-    rows = [sample_clip(table, int(n) + first_sample, clip, seed, max_replacements) for n in batch["id"]]
+    rows = [sample_clip(table, int(n) + first_sample, clip, encoder, seed, max_replacements) for n in batch["id"]]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def sample_clip(videos: pa.Table, n: int, clip: ClipConfig, seed: int, max_replacements: int) -> dict[str, Any]:
+def sample_clip(
+    videos: pa.Table, n: int, clip: ClipConfig, encoder: EncoderConfig, seed: int, max_replacements: int
+) -> dict[str, Any]:
     """Sample n, decoded and cut. A video that fails is recorded and replaced by the rule of `video_of_sample`.
 
     Raises InputRefused when the replacements fail as well.
@@ -65,7 +81,7 @@ def sample_clip(videos: pa.Table, n: int, clip: ClipConfig, seed: int, max_repla
             continue
         return {
             SAMPLE: np.int64(n),
-            TUBELETS: tubelets(frames),
+            TUBELETS: tubelets(frames, encoder.tubelet_size, encoder.patch_size),
             "uri": np.str_(uri),
             FAILURES: np.str_(json.dumps([{**f, "replaced_by": uri} for f in failures]) if failures else ""),
         }

@@ -14,8 +14,6 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from jepa_core.config import (
-    PATCH_SIZE,
-    TUBELET_SIZE,
     ActionPredictorConfig,
     ClipConfig,
     MaskConfig,
@@ -119,7 +117,7 @@ class PretrainConfig:
 
     def validate(self) -> None:
         """Numbers that do not fit together, found before anything starts."""
-        _check_clip(self.clip)
+        _check_clip(self.clip, self.model.encoder.tubelet_size, self.model.encoder.patch_size)
         _check_train(self.train)
         _check_heads("model.encoder", self.model.encoder.dim, self.model.encoder.heads)
         _check_heads("model.predictor", self.model.predictor.dim, self.model.predictor.heads)
@@ -219,6 +217,8 @@ class PostTrainConfig:
     """Share of the episodes that is kept for measuring rollouts."""
     predictor: ActionPredictorConfig = field(default_factory=ActionPredictorConfig)
     rollout_steps: int = 2
+    rollout_variant: Literal["fixed", "released"] = "fixed"
+    """released repeats the mistake that the published V-JEPA 2-AC weights were trained with (vjepa2 PR 25)."""
     run: RunConfig = field(default_factory=RunConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -259,6 +259,52 @@ class ReportConfig:
     run: str = MISSING
     out: str | None = None
     """Where to write the page; report.html inside the run by default."""
+
+
+WeightFormat = Literal["vjepa2", "transformers", "jepa"]
+"""vjepa2: an official .pt file; transformers: a Hugging Face folder; jepa: a model folder or a run folder of ours."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """jepa convert --from FORMAT --to FORMAT SOURCE DESTINATION: weights between official, transformers and our files."""
+
+    from_format: WeightFormat = MISSING
+    to_format: WeightFormat = MISSING
+    source: str = MISSING
+    """An official .pt file, a transformers folder, or a model folder or run folder of ours."""
+    destination: str = MISSING
+    """Must not exist yet."""
+    encoder: Literal["encoder", "target_encoder"] | None = None
+    """transformers only: which one its single encoder is, the student or the teacher. Needed where the source holds both."""
+    classifier: int | None = None
+    """Which of an official probe file's classifiers; needed where there are several."""
+    probe: str | None = None
+    """A second source of the same format, whose classifier joins the model."""
+    family: Literal["vjepa2", "vjepa1", "ijepa"] = "vjepa2"
+    """Which reference wrote a .pt file: V-JEPA 2, 2-AC and 2.1, or V-JEPA 1, or I-JEPA. It decides how positions are read."""
+    heads: int = 0
+    """Attention heads of the encoder, where it is no published size; weights do not show them."""
+    predictor_heads: int = 0
+    probe_heads: int = 0
+    crop_size: int = 0
+    """Pixels along the side of the clips that the model was made for; 0 takes what the source says."""
+    num_frames: int = 0
+    fps: float = 0.0
+    allow_different_probe: bool = False
+    """Write a probe although transformers would compute it with another epsilon or other heads."""
+
+    def validate(self) -> None:
+        """Options that say nothing under these formats would be misunderstood if they were taken."""
+        if self.encoder and "transformers" not in (self.from_format, self.to_format):
+            raise UsageError(f"encoder={self.encoder} chooses the one encoder of a transformers folder: neither side is one")
+        unseen = {name: getattr(self, name) for name in ("heads", "predictor_heads", "probe_heads", "classifier")}
+        if self.from_format != "vjepa2" and (given := [f"{name}={value}" for name, value in unseen.items() if value]):
+            raise UsageError(f"{given[0]} is for official files, which do not say it: {self.from_format} does")
+        if self.from_format != "vjepa2" and self.family != "vjepa2":
+            raise UsageError(f"family={self.family} is for official files, which do not say it: {self.from_format} does")
+        if min(self.heads, self.predictor_heads, self.probe_heads, self.crop_size, self.num_frames, self.fps) < 0:
+            raise UsageError("heads, predictor_heads, probe_heads, crop_size, num_frames and fps cannot be negative")
 
 
 @dataclass(frozen=True)
@@ -368,11 +414,11 @@ def _first_line(error: Exception) -> str:
     return str(error).split("\n", 1)[0]
 
 
-def _check_clip(clip: ClipConfig) -> None:
-    if clip.num_frames < TUBELET_SIZE or clip.num_frames % TUBELET_SIZE:
-        raise UsageError(f"clip.num_frames={clip.num_frames} must be a positive multiple of the tubelet's {TUBELET_SIZE} frames")
-    if clip.crop_size < PATCH_SIZE or clip.crop_size % PATCH_SIZE:
-        raise UsageError(f"clip.crop_size={clip.crop_size} must be a positive multiple of the patch size {PATCH_SIZE}")
+def _check_clip(clip: ClipConfig, tubelet_size: int, patch_size: int) -> None:
+    if clip.num_frames < tubelet_size or clip.num_frames % tubelet_size:
+        raise UsageError(f"clip.num_frames={clip.num_frames} must be a positive multiple of the tubelet's {tubelet_size} frames")
+    if clip.crop_size < patch_size or clip.crop_size % patch_size:
+        raise UsageError(f"clip.crop_size={clip.crop_size} must be a positive multiple of the patch size {patch_size}")
     if clip.fps <= 0:
         raise UsageError(f"clip.fps={clip.fps} must be positive")
 
@@ -390,6 +436,8 @@ def _check_train(train: TrainConfig) -> None:
 def _check_heads(name: str, dim: int, heads: int) -> None:
     if heads < 1 or dim % heads or dim // heads < 6:
         raise UsageError(f"{name}.dim={dim} with {name}.heads={heads}: heads must divide dim and leave at least 6 channels each")
+    if dim // heads % 2:
+        raise UsageError(f"{name}.dim={dim} with {name}.heads={heads}: {dim // heads} channels a head, but positions turn pairs")
 
 
 def _check_mask(name: str, mask: MaskConfig) -> None:

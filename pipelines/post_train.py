@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jepa_core.action_predictor import ActionPredictor
 from jepa_core.config import PATCH_SIZE
 from jepa_core.encoder import VisionTransformer
 from jepa_core.objective import action_losses, latent_l1, normalize_targets
 from jepa_core.poses import compose, deltas
-from jepa_core.predictor import ActionPredictor
-from jepa_core.rope import Grid
+from jepa_core.positions import Grid
 from pipelines import pretrain, ray_session, run_folder, storage
 from pipelines.config import PostTrainConfig, PretrainConfig
 from pipelines.errors import InputRefused
@@ -59,7 +59,7 @@ class PostTraining(nn.Module):
 
     def __init__(self, config: PostTrainConfig, encoder_dim: int, side: int) -> None:
         super().__init__()
-        self.side, self.rollout_steps = side, config.rollout_steps
+        self.side, self.rollout_steps, self.variant = side, config.rollout_steps, config.rollout_variant
         self.predictor = ActionPredictor(config.predictor, encoder_dim)
 
     def forward(self, z: Tensor, states: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -68,7 +68,7 @@ class PostTraining(nn.Module):
         def predict(tokens: Tensor, actions: Tensor, seen: Tensor) -> Tensor:
             return normalize_targets(self.predictor(tokens, actions, seen, (self.side, self.side)))
 
-        forced, rolled = action_losses(predict, z, deltas(states), states, self.rollout_steps)
+        forced, rolled = action_losses(predict, z, deltas(states), states, self.rollout_steps, self.variant)
         copy_last = latent_l1(z[:, :-1], z[:, 1:])
         return forced + rolled, {"teacher_forcing": forced, "rollout": rolled, "copy_last": copy_last}
 
@@ -90,7 +90,7 @@ class PostTrainTask:
         z = encode_frames(self.encoder, torch.tensor(rows[PATCHES], device=self.device), self.side)
         return z, torch.tensor(rows[STATES], device=self.device)
 
-    def after_step(self) -> None:
+    def after_step(self, step: int) -> None:
         """Nothing follows a step."""
 
     def exports(self) -> dict[str, dict[str, Tensor]]:

@@ -2,22 +2,21 @@
 the rest.
 """
 
-import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jepa_core.config import PATCH_SIZE, TUBELET_SIZE, ClipConfig
-from jepa_core.encoder import TUBELET_VALUES, VisionTransformer, gather_tokens
+from jepa_core.encoder import VisionTransformer, clip_grid
 from jepa_core.masks import draw_masks
-from jepa_core.objective import ema_update, latent_l1, mean_predictor_l1, normalize_targets
-from jepa_core.predictor import MaskedPredictor
-from jepa_core.rope import Grid
+from jepa_core.optimization import ema_update
+from jepa_core.positions import Grid
+from jepa_core.pretraining import MaskIds, Pretraining
+from jepa_core.schedules import context_weight, ema_momentum
 from pipelines import catalog, ray_session, run_folder, storage
-from pipelines.columns import FEATURES, SAMPLE
+from pipelines.columns import SAMPLE
 from pipelines.config import PretrainConfig
 from pipelines.errors import InputRefused
 from pipelines.progress import Reporter
@@ -25,46 +24,6 @@ from pipelines.progress import Reporter
 TARGET_ENCODER = "target_encoder"
 ENCODER = "encoder"
 PREDICTOR = "predictor"
-HEALTH_TOKENS = 512
-"""Tokens that the rank and the standard deviation are taken over."""
-
-
-def clip_grid(clip: ClipConfig) -> Grid:
-    """Tubelets of a clip along time, height and width."""
-    side = clip.crop_size // PATCH_SIZE
-    return Grid(clip.num_frames // TUBELET_SIZE, side, side)
-
-
-class Pretraining(nn.Module):
-    """Encoder, its EMA (target encoder) and predictor, with the loss as forward."""
-
-    def __init__(self, config: PretrainConfig) -> None:
-        super().__init__()
-        model = config.model
-        self.grid = clip_grid(config.clip)
-        self.encoder = VisionTransformer(model.encoder)
-        self.predictor = MaskedPredictor(model.predictor, model.encoder.dim, len(model.masks))
-        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
-
-    def forward(self, tubelets: Tensor, masks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, dict[str, Any]]:
-        """uint8 tubelets [B, N, 1536], (context ids [B, K], target ids [B, M]) per mask -> (loss, numbers to log)."""
-        with torch.no_grad():
-            features = self.target_encoder(tubelets, self.grid)
-            target = normalize_targets(features)
-        losses, trivial = [], []
-        for index, (context_ids, target_ids) in enumerate(masks):
-            context = self.encoder(tubelets, self.grid, context_ids)
-            prediction = self.predictor(context, context_ids, target_ids, self.grid, index)
-            hidden = gather_tokens(target, target_ids)
-            losses.append(latent_l1(prediction, hidden))
-            trivial.append(mean_predictor_l1(hidden))
-        loss = torch.stack(losses).mean()
-        numbers = {"trivial": torch.stack(trivial).mean()}
-        for index, (context_ids, target_ids) in enumerate(masks):
-            numbers[f"context_ratio_{index}"] = context_ids.shape[1] / self.grid.num_tokens
-            numbers[f"target_ratio_{index}"] = target_ids.shape[1] / self.grid.num_tokens
-        tokens = features.flatten(0, 1)
-        return loss, numbers | {FEATURES: tokens[:: max(1, len(tokens) // HEALTH_TOKENS)]}
 
 
 class PretrainTask:
@@ -72,22 +31,25 @@ class PretrainTask:
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.module = Pretraining(config).to(device)
+        self.grid = clip_grid(config.clip, config.model.encoder)
+        self.module = Pretraining(config.model).to(device)
 
-    def tensors(self, rows: dict[str, Any], step: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def tensors(self, rows: dict[str, Any], step: int) -> tuple[Tensor, Grid, list[MaskIds], float]:
         """Batch and masks on the device. Masks come from the sample numbers: nothing about them travels."""
         from pipelines.clips import TUBELETS
 
-        samples = [int(n) for n in rows[SAMPLE]]
-        masks = []
-        for index, mask in enumerate(self.config.model.masks):
-            drawn = draw_masks(mask, index, self.module.grid, self.config.seed, step, samples)
-            masks.append(tuple(torch.from_numpy(ids).to(self.device) for ids in drawn))
-        return torch.tensor(rows[TUBELETS], device=self.device), masks
+        model, samples = self.config.model, rows[SAMPLE]
+        drawn = [
+            draw_masks(m, i, self.grid, self.config.seed, step, samples, model.mask_policy) for i, m in enumerate(model.masks)
+        ]
+        masks = [MaskIds(*(None if ids is None else torch.from_numpy(ids).to(self.device) for ids in mask)) for mask in drawn]
+        clips = torch.tensor(rows[TUBELETS], device=self.device)
+        return clips, self.grid, masks, context_weight(step, model.loss)
 
-    def after_step(self) -> None:
+    def after_step(self, step: int) -> None:
         """EMA of the target encoder."""
-        ema_update(self.module.target_encoder, self.module.encoder, self.config.optim.ema)
+        momentum = ema_momentum(step, self.config.train.steps, self.config.optim)
+        ema_update(self.module.target_encoder, self.module.encoder, momentum)
 
     def exports(self) -> dict[str, dict[str, Tensor]]:
         """Student, teacher and predictor under the official names."""
@@ -148,10 +110,12 @@ def _fit(config: PretrainConfig, reporter: Reporter) -> None:
 
     def dataset(first_step: int) -> Any:
         blocks = train.numbered_blocks(first_step, config.train.steps, config.train.batch_size, workers)
-        return clip_dataset(videos, config.clip, config.seed, blocks, first_step * config.train.batch_size, config.data)
+        return clip_dataset(
+            videos, config.clip, config.model.encoder, config.seed, blocks, first_step * config.train.batch_size, config.data
+        )
 
     if config.ray.address is None:
         train.check_slots(config.train)
     loop = train.Loop(partial(PretrainTask, config), config.train, config.optim, config.run.dir, config.seed)
-    batch_bytes = config.train.batch_size // workers * clip_grid(config.clip).num_tokens * TUBELET_VALUES
+    batch_bytes = config.train.batch_size // workers * config.clip.num_frames * config.clip.crop_size**2 * 3
     train.fit(loop, dataset, batch_bytes, "pretrain", reporter)

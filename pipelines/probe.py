@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from jepa_core.config import PATCH_SIZE
-from jepa_core.encoder import VisionTransformer
+from jepa_core.encoder import VisionTransformer, clip_grid
+from jepa_core.positions import Grid
 from jepa_core.probe import retrieval_accuracy, ridge_r2
-from jepa_core.rope import Grid
 from jepa_core.sampling import centre_crop, clip_frames
 from pipelines import catalog, storage, trajectories
 from pipelines.config import PretrainConfig, ProbeConfig
 from pipelines.errors import InputRefused
-from pipelines.pretrain import clip_grid
 from pipelines.video import VideoRefused, decode_clip, frame_patches, tubelets
 
 POOLED_SIDE = 3
@@ -36,6 +34,7 @@ class ProbeData(NamedTuple):
 
     tokens: np.ndarray
     grid: Grid
+    patch_size: int
     labels: np.ndarray | None
     num_train: int
 
@@ -57,9 +56,10 @@ def score(encoder: VisionTransformer, data: ProbeData) -> float:
 
 def pixel_score(data: ProbeData) -> float:
     """The same probe on raw pixels, brought to about the size of the features."""
-    side = data.grid.h * PATCH_SIZE
-    depth = data.tokens.shape[-1] // (PATCH_SIZE * PATCH_SIZE * 3)
-    cut = data.tokens.reshape(-1, *data.grid, depth, PATCH_SIZE, PATCH_SIZE, 3)
+    patch = data.patch_size
+    side = data.grid.h * patch
+    depth = data.tokens.shape[-1] // (patch * patch * 3)
+    cut = data.tokens.reshape(-1, *data.grid, depth, patch, patch, 3)
     images = cut.mean(axis=(1, 4)).transpose(0, 5, 1, 3, 2, 4).reshape(-1, 3, side, side)  # frames averaged over time
     small = F.adaptive_avg_pool2d(torch.from_numpy(images).float(), min(side, PIXEL_SIDE))
     return _measure(small.flatten(1), data)
@@ -85,17 +85,17 @@ def _robot_frames(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
     episodes = index.slice(0, probe.max_items)
     if episodes.num_rows < 4:
         raise InputRefused(f"{probe.trajectories} has {episodes.num_rows} usable episodes, the probe needs at least 4")
-    size = config.clip.crop_size
+    size, patch = config.clip.crop_size, config.model.encoder.patch_size
     tokens, labels = [], []
     for row in range(episodes.num_rows):
         count = len(episodes["times"][row])
         frames = np.linspace(0, count - 1, probe.frames_per_episode).astype(np.int64)
         images, states = trajectories.read_frames(episodes, row, frames, size)
-        tokens.append(frame_patches(images).reshape(len(frames), -1, PATCH_SIZE * PATCH_SIZE * 3))
+        tokens.append(frame_patches(images, patch).reshape(len(frames), -1, patch * patch * 3))
         labels.append(states[:, :3])
-    side = size // PATCH_SIZE
+    side = size // patch
     num_train = (episodes.num_rows * 3 // 4) * probe.frames_per_episode
-    return ProbeData(np.concatenate(tokens), Grid(1, side, side), np.concatenate(labels), num_train)
+    return ProbeData(np.concatenate(tokens), Grid(1, side, side), patch, np.concatenate(labels), num_train)
 
 
 def _video_thirds(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
@@ -118,10 +118,12 @@ def _video_thirds(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
             half.append(cut)
     if len(halves[0]) < 2:
         raise InputRefused(f"{config.catalog}: the retrieval probe needs at least 2 readable videos, found {len(halves[0])}")
-    return ProbeData(np.stack(halves[0] + halves[1]), clip_grid(config.clip), None, len(halves[0]))
+    encoder = config.model.encoder
+    return ProbeData(np.stack(halves[0] + halves[1]), clip_grid(config.clip, encoder), encoder.patch_size, None, len(halves[0]))
 
 
 def _clip(file: Any, entry: dict[str, Any], pts: np.ndarray, times: np.ndarray, crop: Any, config: PretrainConfig) -> np.ndarray:
     file.seek(0)
     chosen = pts[clip_frames(times, config.clip.num_frames, config.clip.fps, 0.5)]
-    return tubelets(decode_clip(file, entry["stream"], chosen, crop, config.clip.crop_size))
+    frames = decode_clip(file, entry["stream"], chosen, crop, config.clip.crop_size)
+    return tubelets(frames, config.model.encoder.tubelet_size, config.model.encoder.patch_size)

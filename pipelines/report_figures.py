@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import blended_transform_factory
 
-from jepa_core.config import PATCH_SIZE, TUBELET_SIZE
-from jepa_core.rope import Grid
+from jepa_core.config import PATCH_SIZE
+from jepa_core.positions import Grid
 
 Row = dict[str, Any]
 INK, MUTED, RULE = "#202124", "#5f6368", "#e3e3df"
@@ -246,10 +246,10 @@ def film(mp4: bytes, alt: str) -> Markup:
     ).format(source, alt)
 
 
-def clip_frames(tubelets: np.ndarray, grid: Grid) -> np.ndarray:
-    """Undo pipelines.video.tubelets: uint8 [N, 2*16*16*3] -> frames [T, S, S, 3]."""
-    cut = tubelets.reshape(*grid, TUBELET_SIZE, PATCH_SIZE, PATCH_SIZE, 3)
-    shape = (grid.t * TUBELET_SIZE, grid.h * PATCH_SIZE, grid.w * PATCH_SIZE, 3)
+def clip_frames(tubelets: np.ndarray, grid: Grid, side: int = PATCH_SIZE) -> np.ndarray:
+    """Undo pipelines.video.tubelets: uint8 [N, t*side*side*3] -> frames [T, S, S, 3]."""
+    cut = tubelets.reshape(*grid, -1, side, side, 3)
+    shape = (grid.t * cut.shape[3], grid.h * side, grid.w * side, 3)
     return cut.transpose(0, 3, 1, 4, 2, 5, 6).reshape(shape)
 
 
@@ -261,10 +261,10 @@ def strip(frames: np.ndarray, grid: Grid, context: np.ndarray | None = None, tar
         shade[target] = TARGET_TINT
         strength = np.ones(grid.num_tokens, dtype=np.float32)
         strength[target], strength[context] = 0.82, 0.0
-        alpha = _per_pixel(strength[:, None], grid)
+        alpha = _per_pixel(strength[:, None], grid, frames.shape)
         grey = shown.mean(axis=-1, keepdims=True)
-        shown = np.where(alpha > 0, grey, shown) * (1 - alpha) + _per_pixel(shade, grid) * alpha
-    picked = np.unique(np.linspace(0, grid.t - 1, STRIP_FRAMES).round().astype(int)) * TUBELET_SIZE
+        shown = np.where(alpha > 0, grey, shown) * (1 - alpha) + _per_pixel(shade, grid, frames.shape) * alpha
+    picked = np.unique(np.linspace(0, grid.t - 1, STRIP_FRAMES).round().astype(int)) * (len(frames) // grid.t)
     parts = [_smaller(shown[index]) for index in picked]
     gap = np.full((len(parts[0]), max(2, len(parts[0]) // 40), 4), 0, dtype=np.uint8)
     opaque = [np.concatenate([part, np.full((*part.shape[:2], 1), 255)], axis=-1).astype(np.uint8) for part in parts]
@@ -274,10 +274,12 @@ def strip(frames: np.ndarray, grid: Grid, context: np.ndarray | None = None, tar
     return buffer.getvalue()
 
 
-def _per_pixel(values: np.ndarray, grid: Grid) -> np.ndarray:
-    """Values per token [N, C] -> per pixel [T, S, S, C]."""
+def _per_pixel(values: np.ndarray, grid: Grid, shape: tuple[int, ...]) -> np.ndarray:
+    """Values per token [N, C] -> per pixel [T, S, S, C] of frames of that shape."""
     cube = values.reshape(*grid, -1)
-    return cube.repeat(TUBELET_SIZE, axis=0).repeat(PATCH_SIZE, axis=1).repeat(PATCH_SIZE, axis=2)
+    for axis, (tokens, pixels) in enumerate(zip(grid, shape, strict=False)):
+        cube = cube.repeat(pixels // tokens, axis=axis)
+    return cube
 
 
 def _smaller(frame: np.ndarray, side: int = 128) -> np.ndarray:

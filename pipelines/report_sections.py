@@ -138,20 +138,22 @@ def mask_examples(run_dir: str) -> list[Picture]:
     videos = catalog.read_videos(catalog.parse_ref(config.catalog))
     if not videos.num_rows:
         raise InputRefused(f"{config.catalog} holds no video")
-    grid = pretrain.clip_grid(config.clip)
+    grid = pretrain.clip_grid(config.clip, config.model.encoder)
     step, shown = _varied_samples(config, videos)
     first = step * config.train.batch_size
     batch = range(first, first + config.train.batch_size // max(1, config.train.num_workers))  # masks are cut per worker
-    drawn = [draw_masks(mask, i, grid, config.seed, step, batch) for i, mask in enumerate(config.model.masks)]
+    drawn = [
+        draw_masks(mask, i, grid, config.seed, step, batch, config.model.mask_policy) for i, mask in enumerate(config.model.masks)
+    ]
     pictures = []
     for n in shown:
-        sample = sample_clip(videos, n, config.clip, config.seed, config.data.max_replacements)
-        frames = figures.clip_frames(sample[TUBELETS], grid)
+        sample = sample_clip(videos, n, config.clip, config.model.encoder, config.seed, config.data.max_replacements)
+        frames = figures.clip_frames(sample[TUBELETS], grid, config.model.encoder.patch_size)
         parts = [("the clip", figures.image(figures.strip(frames, grid), f"frames of sample {n}"))]
-        for index, (context, target) in enumerate(drawn):
-            label = f"mask {index + 1}: context {context.shape[1] / grid.num_tokens:.0%}, "
-            label += f"target {target.shape[1] / grid.num_tokens:.0%}"
-            png = figures.strip(frames, grid, context[n - first], target[n - first])
+        for index, mask in enumerate(drawn):
+            context, target = mask.ratios(grid)
+            label = f"mask {index + 1}: context {context:.0%}, target {target:.0%}"
+            png = figures.strip(frames, grid, *mask.tokens_of(n - first))
             parts.append((label, figures.image(png, f"sample {n} under mask {index + 1}")))
         seconds = (config.clip.num_frames - 1) / config.clip.fps
         pictures.append(Picture(parts, f"Sample {n}, {seconds:.2g} s of {sample['uri']}"))

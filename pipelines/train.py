@@ -24,9 +24,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jepa_core.config import OptimConfig
-from jepa_core.objective import feature_std, learning_rate, make_optimizer, rank_me
+from jepa_core.objective import feature_std, rank_me
+from jepa_core.optimization import autocast, make_optimizer, set_rates
+from jepa_core.pretraining import FEATURES
+from jepa_core.schedules import learning_rate, weight_decay
 from pipelines import run_folder, storage
-from pipelines.columns import FAILURES, FEATURES, SAMPLE
+from pipelines.columns import FAILURES, SAMPLE
 from pipelines.config import TrainConfig
 from pipelines.errors import InputRefused, JepaError, Retryable, UsageError
 from pipelines.progress import Reporter
@@ -34,6 +37,7 @@ from pipelines.relay import Relay
 
 Rows = dict[str, np.ndarray]
 COLLECTIVE_TIMEOUT_S = 300
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHOWN = ("loss", "trivial", "clips_per_s", "data_wait")
 """Numbers beside the progress bar."""
 
@@ -48,7 +52,7 @@ class Task(Protocol):
         """Arguments of the module for one worker's batch at a step."""
         ...
 
-    def after_step(self) -> None:
+    def after_step(self, step: int) -> None:
         """Called after each optimizer step, e.g. for the EMA of the target encoder."""
         ...
 
@@ -143,17 +147,18 @@ def train_worker(config: dict[str, Any]) -> None:
     log = _Log(loop, rank, start)
     per_rank = loop.train.batch_size // world
     for step, rows, waited in _batches(start, per_rank, loop.train.batch_size):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step + 1, loop.train.steps, loop.optim)
-        with torch.autocast(device.type, torch.bfloat16, enabled=loop.train.precision == "bf16"):
+        lr = learning_rate(step, loop.train.steps, loop.optim)
+        set_rates(optimizer, lr, weight_decay(step, loop.train.steps, loop.optim))
+        with autocast(device, PRECISIONS[loop.train.precision]):
             loss, numbers = model(*task.tensors(rows, step))
         _refuse_non_finite(loss, rows, step)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_([p for p in task.module.parameters() if p.grad is not None], loop.optim.clip_grad)
+        limit = loop.optim.clip_grad or float("inf")
+        norm = nn.utils.clip_grad_norm_([p for p in task.module.parameters() if p.grad is not None], limit)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        task.after_step()
-        log.step(step, rows, waited, {"loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], **numbers})
+        task.after_step(step)
+        log.step(step, rows, waited, {"loss": loss, "grad_norm": norm, "lr": lr, **numbers})
         done = step + 1
         if done % loop.train.checkpoint_every == 0 or done == loop.train.steps:
             log.flush(done)

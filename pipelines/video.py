@@ -147,20 +147,16 @@ def encode_video(frames: np.ndarray, fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def tubelets(frames: np.ndarray) -> np.ndarray:
-    """Cut a clip uint8 [T, S, S, 3] into tubelets [N, 2*16*16*3], raster order, values in (t, y, x, channel) order."""
-    return _chunk(frames, TUBELET_SIZE)
-
-
-def frame_patches(frames: np.ndarray) -> np.ndarray:
-    """Cut frames uint8 [T, S, S, 3] into patches [T*(S/16)^2, 16*16*3]: still frames, to be doubled in time on embedding."""
-    return _chunk(frames, 1)
-
-
-def _chunk(frames: np.ndarray, depth: int) -> np.ndarray:
+def tubelets(frames: np.ndarray, depth: int = TUBELET_SIZE, side: int = PATCH_SIZE) -> np.ndarray:
+    """Cut a clip uint8 [T, S, S, 3] into tubelets [N, depth*side*side*3], raster order, values in (t, y, x, channel) order."""
     t, h, w, c = frames.shape
-    cut = frames.reshape(t // depth, depth, h // PATCH_SIZE, PATCH_SIZE, w // PATCH_SIZE, PATCH_SIZE, c)
-    return np.ascontiguousarray(cut.transpose(0, 2, 4, 1, 3, 5, 6)).reshape(-1, depth * PATCH_SIZE * PATCH_SIZE * c)
+    cut = frames.reshape(t // depth, depth, h // side, side, w // side, side, c)
+    return np.ascontiguousarray(cut.transpose(0, 2, 4, 1, 3, 5, 6)).reshape(-1, depth * side * side * c)
+
+
+def frame_patches(frames: np.ndarray, side: int = PATCH_SIZE) -> np.ndarray:
+    """Cut frames uint8 [T, S, S, 3] into patches [T*(S/side)^2, side*side*3]: still frames, to be doubled in time on embedding."""
+    return tubelets(frames, 1, side)
 
 
 @contextlib.contextmanager

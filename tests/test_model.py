@@ -1,78 +1,114 @@
-"""The models against the reference's formulas, written out plainly here (vjepa2 modules.py, read and restated)."""
-
-import math
+"""What the models promise beside the reference's numbers (those are in tests/parity)."""
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from jepa_core.config import ActionPredictorConfig, EncoderConfig, PredictorConfig
-from jepa_core.encoder import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer
-from jepa_core.predictor import ActionPredictor, MaskedPredictor, block_causal_mask
-from jepa_core.rope import Grid, rope_table
+from jepa_core import attention
+from jepa_core.action_predictor import ActionPredictor, block_causal_mask
+from jepa_core.config import SIZES, ActionPredictorConfig, ClipConfig, EncoderConfig, PredictorConfig, encoder_config
+from jepa_core.encoder import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, clip_grid, cut_tubelets, level_blocks
+from jepa_core.positions import Grid, rope_table
+from jepa_core.predictor import MaskedPredictor
 
 GRID = Grid(2, 3, 4)
+SMALL = EncoderConfig(dim=32, depth=1, heads=2)
 
 
-def rotate(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """The reference's rotation of one part of a head: tiled angles on adjacent pairs (its quirk, kept for its weights)."""
-    size = x.shape[-1]
-    omega = 1.0 / 10000 ** (torch.arange(size // 2, dtype=torch.float64) / (size / 2))
-    angle = (position[:, None].double() * omega).repeat(1, 2)
-    pairs = x.unflatten(-1, (-1, 2))
-    partner = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-    return x * angle.cos() + partner * angle.sin()
+def normalized(clip: torch.Tensor) -> torch.Tensor:
+    """Bytes [B, 3, T, H, W] as the reference's transforms give them to the model."""
+    mean, std = (torch.tensor(values)[:, None, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (clip / 255 - mean) / std
 
 
-def reference_block(block: nn.Module, x: torch.Tensor, ids: torch.Tensor, grid: Grid, heads: int) -> torch.Tensor:
-    dim = x.shape[-1]
-    head = dim // heads
-    part = 2 * ((head // 3) // 2)
-    qkv = block.attn.qkv(block.norm1(x)).reshape(*x.shape[:2], 3, heads, head).permute(2, 0, 3, 1, 4)
-    axes = (ids // (grid.h * grid.w), ids % (grid.h * grid.w) // grid.w, ids % grid.w)
-
-    def positioned(q: torch.Tensor) -> torch.Tensor:
-        parts = [rotate(q[..., i * part : (i + 1) * part], axis) for i, axis in enumerate(axes)]
-        return torch.cat([*parts, q[..., 3 * part :]], dim=-1)
-
-    q, k, v = positioned(qkv[0]), positioned(qkv[1]), qkv[2]
-    weights = (q @ k.transpose(-1, -2) / math.sqrt(head)).softmax(-1)
-    x = x + block.attn.proj((weights @ v).transpose(1, 2).flatten(2))
-    return x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
-
-
-@pytest.mark.parametrize(("dim", "heads"), [(64, 1), (160, 2), (64, 2)])  # heads of 64, 80 and 32 channels
-@pytest.mark.parametrize("kept", [None, [0, 3, 7, 11, 20]])
-def test_the_encoder_equals_the_reference_formula(dim, heads, kept):
+def test_bytes_in_tubelets_equal_normalised_pixels_through_the_convolution():
     torch.manual_seed(0)
-    encoder = VisionTransformer(EncoderConfig(dim=dim, depth=2, heads=heads)).double()
-    for parameter in encoder.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    tubelets = torch.randint(0, 256, (2, GRID.num_tokens, 1536), dtype=torch.uint8)
-    encoder.patch_embed.forward = lambda x, embed=encoder.patch_embed: F.linear(
-        (x.double() - embed.mean) / embed.std, embed.proj.weight.permute(0, 2, 3, 4, 1).flatten(1), embed.proj.bias
-    )
-    ids = torch.arange(GRID.num_tokens) if kept is None else torch.tensor(kept)
-    actual = encoder(tubelets, GRID, None if kept is None else ids.expand(2, -1))
-    x = encoder.patch_embed(tubelets)[:, ids]
-    for block in encoder.blocks:
-        x = reference_block(block, x, ids, GRID, heads)
-    torch.testing.assert_close(actual, encoder.norm(x), rtol=1e-5, atol=1e-5)
+    embed = VisionTransformer(EncoderConfig(dim=48, depth=1, heads=2)).patch_embed
+    clip = torch.randint(0, 256, (2, 3, 4, 48, 64), dtype=torch.uint8)
+    tubelets, grid = cut_tubelets(clip, 2, 16)
+    assert tubelets.shape == (2, 24, 1536)
+    assert grid == (2, 3, 4)
+    pixels = normalized(clip)
+    torch.testing.assert_close(embed(tubelets), embed.proj(pixels).flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
+    still, _ = cut_tubelets(clip[:, :, :1], 2, 16)
+    assert still.shape == (2, 12, 768)
+    doubled = pixels[:, :, :1].expand(-1, -1, 2, -1, -1)
+    torch.testing.assert_close(embed(still), embed.proj(doubled).flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
-def test_embedding_tubelets_equals_the_references_convolution():
+def test_in_bf16_folded_bytes_are_no_less_exact_than_the_convolution():
     torch.manual_seed(0)
-    encoder = VisionTransformer(EncoderConfig(dim=48, depth=1, heads=2))
-    clip = torch.randint(0, 256, (2, 4, 48, 64, 3), dtype=torch.uint8)
-    tubelets = clip.reshape(2, 2, 2, 3, 16, 4, 16, 3).permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(2, 24, 1536)
-    pixels = (clip / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
-    expected = encoder.patch_embed.proj(pixels.permute(0, 4, 1, 2, 3)).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(encoder.patch_embed(tubelets), expected, rtol=1e-4, atol=1e-4)
-    still = clip[:, :1].reshape(2, 1, 3, 16, 4, 16, 3).permute(0, 1, 2, 4, 3, 5, 6).reshape(2, 12, 768)
-    doubled = pixels[:, :1].expand(-1, 2, -1, -1, -1)
-    expected = encoder.patch_embed.proj(doubled.permute(0, 4, 1, 2, 3)).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(encoder.patch_embed(still), expected, rtol=1e-4, atol=1e-4)
+    embed = VisionTransformer(EncoderConfig(dim=96, depth=1, heads=2)).patch_embed
+    clip = torch.randint(0, 256, (2, 3, 4, 48, 64), dtype=torch.uint8)
+    exact = embed.proj(normalized(clip)).flatten(2).transpose(1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = embed(cut_tubelets(clip, 2, 16)[0])
+        convolved = embed.proj(normalized(clip)).flatten(2).transpose(1, 2)
+    assert (ours - exact).abs().mean() <= 1.1 * (convolved - exact).abs().mean()
+
+
+def test_pixels_and_tubelets_give_the_same_features_and_gradients():
+    torch.manual_seed(0)
+    model = VisionTransformer(SMALL)
+    clip = torch.randint(0, 256, (2, 3, 4, 48, 64), dtype=torch.uint8)
+    outputs, gradients = [], []
+    for arguments in ((normalized(clip),), cut_tubelets(clip, 2, 16)):
+        out = model(*arguments)
+        outputs.append(out)
+        model.zero_grad()
+        out.square().sum().backward()
+        gradients.append(model.patch_embed.proj.weight.grad.clone())
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+def test_only_kept_tubelets_are_embedded(monkeypatch):
+    model = VisionTransformer(SMALL)
+    seen = []
+    embed = model.patch_embed.forward
+    monkeypatch.setattr(model.patch_embed, "forward", lambda x: seen.append(x.shape) or embed(x))
+    ids = torch.tensor([[1, 5, 7]])
+    kept = model(torch.zeros(1, 24, 1536, dtype=torch.uint8), GRID, ids)
+    assert seen == [(1, 3, 1536)]
+    assert kept.shape == (1, 3, 32)
+
+
+def test_padding_changes_nothing_for_real_tokens():
+    torch.manual_seed(0)
+    model = VisionTransformer(EncoderConfig(dim=32, depth=2, heads=2))
+    clip = torch.randint(0, 256, (1, 24, 1536), dtype=torch.uint8)
+    ids = torch.tensor([[1, 5, 7]])
+    padded, valid = torch.tensor([[1, 5, 7, 1, 1]]), torch.tensor([[True, True, True, False, False]])
+    torch.testing.assert_close(model(clip, GRID, padded, valid)[:, :3], model(clip, GRID, ids), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("tokens", [37, attention.KEPT_TOKENS + 1])
+@pytest.mark.parametrize("turned", [False, True])
+def test_attention_in_pieces_equals_the_fused_kernel(monkeypatch, dtype, tolerance, tokens, turned):
+    torch.manual_seed(0)
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 3 * tokens * tokens * 4)  # several pieces, the last one short
+    monkeypatch.setattr(attention, "in_pieces_is_faster", lambda qkv: pieces)
+    grid = Grid(1, 1, tokens)
+    rope = rope_table(grid, grid, 16, "rope", 0, torch.device("cpu"), dtype) if turned else None
+    layer = VisionTransformer(SMALL).blocks[0].attn.to(dtype)
+    x = torch.randn(2, tokens, 32, dtype=dtype)
+    results = []
+    for pieces in (False, True):  # noqa: B007, read by the replaced choice
+        y = x.clone().requires_grad_()
+        out = layer(y, rope)
+        layer.zero_grad()
+        out.backward(torch.ones_like(out) * torch.linspace(-1, 1, 32, dtype=dtype))
+        results.append((out, y.grad, layer.qkv.weight.grad.clone(), layer.qkv.bias.grad.clone()))
+    for fused, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, fused, rtol=tolerance, atol=tolerance * max(1.0, fused.abs().max().item()))
+
+
+def test_the_attention_operators_keep_pytorchs_rules():
+    qkv = torch.randn(2, 5, 3, 2, 8, dtype=torch.float64, requires_grad=True)
+    rope = rope_table(Grid(1, 1, 5), Grid(1, 1, 5), 8, "rope", 0, torch.device("cpu"), torch.float64)
+    assert torch.autograd.gradcheck(lambda x: torch.ops.jepa_core.attention_in_pieces(x, rope)[0], (qkv,))
+    torch.library.opcheck(torch.ops.jepa_core.attention_in_pieces, (qkv.detach(), rope))
 
 
 def test_the_encoder_has_the_official_names():
@@ -83,31 +119,44 @@ def test_the_encoder_has_the_official_names():
 
 
 def test_official_parameter_counts():
+    encoders = dict(zip(SIZES, (5_633_856, 21_884_544, 86_236_416, 303_885_312, 631_648_000, 1_012_173_952), strict=False))
+    predictors = {"vit_tiny": 21_446_208, "vit_base": 21_889_152, "vit_giant": 22_381_312}
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    assert count(VisionTransformer(EncoderConfig(192, 12, 3))) == 5_633_856
-    assert count(VisionTransformer(EncoderConfig(384, 12, 6))) == 21_884_544
-    assert count(MaskedPredictor(PredictorConfig(), encoder_dim=192, num_mask_tokens=10)) == 21_446_208
-    assert count(ActionPredictor(ActionPredictorConfig(), 1408)) == 305_220_992 - 7 * 1024  # no extrinsics encoder (6 + 1 rows)
+    with torch.device("meta"):
+        for size, number in encoders.items():
+            assert count(VisionTransformer(encoder_config(size))) == number
+        assert VisionTransformer(encoder_config("vit_gigantic")).blocks[0].mlp.fc1.out_features == 8192
+        for size, number in predictors.items():
+            assert count(MaskedPredictor(PredictorConfig(num_mask_tokens=10), encoder_config(size), 2)) == number
+        assert count(ActionPredictor(ActionPredictorConfig(use_extrinsics=True), 1408)) == 305_220_992
+
+
+def test_levels_end_with_the_last_block():
+    assert level_blocks(12, 4) == (2, 5, 8, 11)
+    assert level_blocks(24, 4) == (5, 11, 17, 23)
+    assert level_blocks(40, 4) == (9, 19, 29, 39)
+    assert level_blocks(48, 4) == (11, 23, 37, 47)
+    assert level_blocks(12, 1) == (11,)
 
 
 def test_the_predictor_does_not_depend_on_token_order_and_gives_the_targets_order():
     torch.manual_seed(0)
-    predictor = MaskedPredictor(PredictorConfig(dim=48, depth=2, heads=2), 32, 2)
+    predictor = MaskedPredictor(PredictorConfig(dim=48, depth=2, heads=2), SMALL, 2)
     nn.init.normal_(predictor.mask_tokens[0])
     context, context_ids, target_ids = torch.randn(1, 3, 32), torch.tensor([[0, 5, 9]]), torch.tensor([[2, 14, 23]])
-    one = predictor(context, context_ids, target_ids, GRID, 0)
+    one, _ = predictor(context, context_ids, target_ids, GRID, 0)
     order = torch.tensor([2, 0, 1])
-    two = predictor(context[:, order], context_ids[:, order], target_ids.flip(1), GRID, 0)
+    two, _ = predictor(context[:, order], context_ids[:, order], target_ids.flip(1), GRID, 0)
     torch.testing.assert_close(one, two.flip(1), rtol=1e-4, atol=1e-5)
 
 
 def test_each_mask_type_has_its_own_token():
     torch.manual_seed(0)
-    predictor = MaskedPredictor(PredictorConfig(dim=48, depth=1, heads=2), 32, 2)
+    predictor = MaskedPredictor(PredictorConfig(dim=48, depth=1, heads=2), SMALL, 2)
     for token in predictor.mask_tokens:
         nn.init.normal_(token)
     arguments = (torch.randn(1, 2, 32), torch.tensor([[0, 5]]), torch.tensor([[2, 14]]), GRID)
-    assert not torch.allclose(predictor(*arguments, 0), predictor(*arguments, 1))
+    assert not torch.allclose(predictor(*arguments, 0)[0], predictor(*arguments, 1)[0])
 
 
 def test_the_action_predictor_is_causal_by_step_and_sees_its_own_action():
@@ -132,15 +181,43 @@ def test_the_causal_mask_is_built_for_the_steps_in_use():
 
 
 def test_wrong_shapes_are_refused_with_the_numbers():
-    encoder = VisionTransformer(EncoderConfig(dim=48, depth=1, heads=2))
+    model = VisionTransformer(SMALL)
     with pytest.raises(ValueError, match="23 tubelets do not fill a grid of \\(2, 3, 4\\) = 24"):
-        encoder(torch.zeros(1, 23, 1536, dtype=torch.uint8), GRID)
-    with pytest.raises(ValueError, match="1536 values"):
-        encoder(torch.zeros(1, 24, 100, dtype=torch.uint8), GRID)
+        model(torch.zeros(1, 23, 1536, dtype=torch.uint8), GRID)
+    with pytest.raises(ValueError, match="1536 values \\(2x16x16x3\\), a still frame 768, got 100"):
+        model(torch.zeros(1, 24, 100, dtype=torch.uint8), GRID)
+    with pytest.raises(ValueError, match="multiples of 16, got \\(1, 3, 4, 40, 64\\)"):
+        model(torch.zeros(1, 3, 4, 40, 64))
     with pytest.raises(ValueError, match="48 does not divide into 5"):
         VisionTransformer(EncoderConfig(dim=48, depth=1, heads=5))
+    with pytest.raises(ValueError, match="45 / 5 heads = 9 channels a head"):
+        VisionTransformer(EncoderConfig(dim=45, depth=1, heads=5))
+    with pytest.raises(ValueError, match="16 frames of 100x100 do not divide into tubelets of 2x16x16"):
+        clip_grid(ClipConfig(num_frames=16, crop_size=100), SMALL)
+    with pytest.raises(ValueError, match="extrinsics are given"):
+        ActionPredictor(ActionPredictorConfig(dim=48, depth=1, heads=2), 32)(
+            torch.zeros(1, 2, 12, 32), torch.zeros(1, 2, 7), torch.zeros(1, 2, 7), (3, 4), torch.zeros(1, 2, 6)
+        )
+    with pytest.raises(ValueError, match="choose from vit_tiny"):
+        encoder_config("vit_enormous")
 
 
-def test_rope_tables_are_computed_once():
-    device = torch.device("cpu")
-    assert rope_table(GRID, 32, device) is rope_table(Grid(2, 3, 4), 32, device)
+def test_a_table_is_computed_once_and_one_made_for_inference_serves_training():
+    rope_table.cache_clear()
+    model = VisionTransformer(SMALL)
+    clip = torch.zeros(1, 24, 1536, dtype=torch.uint8)
+    with torch.inference_mode():
+        model(clip, GRID)
+    model(clip, GRID).sum().backward()
+    assert rope_table.cache_info().misses == 1
+    assert rope_table.cache_info().hits == 1
+
+
+def test_images_and_videos_of_any_size_go_through_one_model():
+    torch.manual_seed(0)
+    model = VisionTransformer(SMALL)
+    assert model(torch.randn(1, 3, 64, 32)).shape == (1, 8, 32)
+    assert model(torch.randn(1, 3, 10, 48, 80)).shape == (1, 75, 32)
+    image = torch.randn(1, 3, 32, 32)
+    doubled = model(image.unsqueeze(2).expand(-1, -1, 2, -1, -1))
+    torch.testing.assert_close(model(image), doubled, rtol=1e-5, atol=1e-5)

@@ -6,20 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_core.config import OptimConfig, PlannerConfig
+from jepa_core.config import LossConfig, OptimConfig, PlannerConfig
 from jepa_core.objective import (
     action_losses,
-    ema_update,
+    context_distance_weight,
     feature_std,
     latent_l1,
-    learning_rate,
-    make_optimizer,
+    latent_loss,
     mean_predictor_l1,
     normalize_targets,
     rank_me,
 )
+from jepa_core.optimization import autocast, ema_update, make_optimizer, set_rates
 from jepa_core.planner import plan, rollout
+from jepa_core.positions import Grid
 from jepa_core.probe import retrieval_accuracy, ridge_r2
+from jepa_core.schedules import context_weight, ema_momentum, learning_rate, weight_decay
 
 
 def test_targets_have_mean_zero_and_variance_one_per_token():
@@ -33,15 +35,83 @@ def test_the_mean_predictor_is_what_its_name_says():
     assert mean_predictor_l1(target) == latent_l1(torch.full_like(target, 2.0), target) == 1.0
 
 
+def test_padding_and_weights_in_the_loss():
+    prediction, target = torch.tensor([[[3.0], [1.0], [9.0]]]), torch.zeros(1, 3, 1)
+    assert latent_loss(prediction, target, "l1") == pytest.approx(13 / 3)
+    assert latent_loss(prediction, target, "l1", valid=torch.tensor([[True, True, False]])) == 2
+    assert latent_loss(prediction, target, "l1", weight=torch.tensor([[1.0, 2.0, 0.0]])) == pytest.approx(5 / 3)
+    assert latent_loss(prediction, target, "smooth_l1") == pytest.approx((2.5 + 0.5 + 8.5) / 3)
+
+
+def test_levels_are_normalised_one_by_one():
+    features = torch.cat([torch.randn(2, 5, 8), 100 + 30 * torch.randn(2, 5, 8)], dim=-1)
+    expected = torch.cat([normalize_targets(piece) for piece in features.split(8, dim=-1)], dim=-1)
+    torch.testing.assert_close(normalize_targets(features, 2), expected)
+
+
+def test_context_counts_less_the_farther_it_is():
+    weight = context_distance_weight(torch.tensor([[0, 3, 15]]), torch.tensor([[4, 5]]), Grid(1, 4, 4))
+    torch.testing.assert_close(weight, torch.tensor([[1.0, 5**-0.25, 8**-0.25]]))
+
+
+def rates(total: int, config: OptimConfig) -> list[float]:
+    """Learning rates of all steps; as in the reference, the first update has the rate of step 1."""
+    return [learning_rate(step, total, config) for step in range(total)]
+
+
 def test_the_schedule_warms_up_stays_and_decays():
-    config = OptimConfig(lr=1.0, start_lr=0.1, final_lr=0.0, warmup_steps=10, decay_steps=20)
-    rates = [learning_rate(step, 100, config) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[5] == pytest.approx(0.55)
-    assert rates[10:81] == [1.0] * 71
-    assert rates[90] == pytest.approx(0.5)
-    assert rates[100] == pytest.approx(0.0)
-    assert learning_rate(99, 100, OptimConfig(lr=1.0, warmup_steps=0, decay_steps=0)) == 1.0
+    lr = rates(100, OptimConfig(lr=1.0, start_lr=0.1, final_lr=0.0, warmup_steps=10, decay_steps=20))
+    assert lr[4] == pytest.approx(0.55)
+    assert lr[9:80] == [1.0] * 71
+    assert lr[89] == pytest.approx(0.5)
+    assert lr[99] == pytest.approx(0.0)
+    assert rates(100, OptimConfig(lr=1.0, warmup_steps=0))[99] == 1.0
+
+
+def test_a_cooldown_decays_from_its_first_step_and_a_stretched_one_stops_short():
+    """The published cooldown: 12,000 steps from 5.25e-4 to 1e-6; with ipe_scale 1.25 it ends at 1.058e-4 (measured there)."""
+    config = OptimConfig(lr=5.25e-4, final_lr=1e-6, warmup_steps=0, decay_steps=12_000)
+    lr = rates(12_000, config)
+    assert lr[0] == pytest.approx(5.25e-4, rel=1e-3)
+    assert lr[-1] == pytest.approx(1e-6)
+    stretched = OptimConfig(lr=5.25e-4, final_lr=1e-6, warmup_steps=0, decay_steps=12_000, stretch=1.25)
+    assert rates(12_000, stretched)[-1] == pytest.approx(1.058e-4, rel=1e-3)
+
+
+def test_the_published_vit_l_file_ends_inside_its_warmup():
+    config = OptimConfig(lr=5.25e-4, start_lr=1e-4, warmup_steps=12_000, stretch=1.25)
+    assert rates(3000, config)[-1] == pytest.approx(2.06e-4, rel=2e-3)
+
+
+def test_v_jepa_1_falls_along_a_half_cosine_while_decay_and_momentum_rise():
+    """vitl16 of V-JEPA 1: 300 epochs of 300 steps, warmup 40 epochs, schedules stretched by 1.25."""
+    config = OptimConfig(lr=6.25e-4, start_lr=2e-4, final_lr=1e-6, warmup_steps=12_000, schedule="cosine", stretch=1.25,
+                         weight_decay=0.04, final_weight_decay=0.4, ema=0.998, final_ema=1.0)  # fmt: skip
+    total, length = 90_000, 112_500
+    assert learning_rate(11_999, total, config) == pytest.approx(6.25e-4)
+    middle = 12_000 + (length - 12_000) // 2
+    assert learning_rate(middle - 1, total, config) == pytest.approx((6.25e-4 + 1e-6) / 2)
+    assert weight_decay(length // 2 - 1, total, config) == pytest.approx(0.22)
+    assert weight_decay(0, total, OptimConfig()) == 0.04
+    assert ema_momentum(0, total, config) == 0.998
+    assert ema_momentum(45_000, total, config) == pytest.approx(0.9988)
+    assert ema_momentum(10**9, total, config) == 1.0
+
+
+def test_the_context_loss_grows_between_two_steps():
+    config = LossConfig(context_weight=0.5, context_ramp=(100, 200))
+    assert [context_weight(step, config) for step in (0, 100, 150, 200, 999)] == [0, 0, 0.25, 0.5, 0.5]
+
+
+def test_rates_reach_the_right_groups():
+    optimizer = make_optimizer([nn.Linear(4, 4)], OptimConfig())
+    set_rates(optimizer, 0.5, 0.25)
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.5, 0.25), (0.5, 0.0)]
+
+
+def test_float16_on_a_cpu_is_refused():
+    with pytest.raises(ValueError, match="float16 on a CPU"):
+        autocast(torch.device("cpu"), torch.float16)
 
 
 def test_ema_moves_the_target_by_one_minus_momentum():

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from jepa_core.rope import Grid
+from jepa_core.positions import Grid
 from pipelines import catalog, report, report_figures, video
 from pipelines.config import ReportConfig
 from pipelines.errors import InputRefused

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jepa_core.config import ClipConfig, MaskConfig
 from jepa_core.masks import draw_masks
-from jepa_core.rope import Grid
+from jepa_core.positions import Grid
 from jepa_core.sampling import Stream, centre_crop, clip_frames, crop_box, generator, video_of_sample
 
 

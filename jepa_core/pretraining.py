@@ -1,0 +1,126 @@
+"""Masked latent prediction: encoder, target encoder and predictor with the loss as forward, for the whole family.
+
+Legend: B batch, N tokens, P values of a tubelet, K context tokens, G targets of a sample (1 but in I-JEPA), M tokens of a target.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from jepa_core.config import PretrainModelConfig
+from jepa_core.encoder import VisionTransformer, gather_tokens
+from jepa_core.objective import context_distance_weight, latent_loss, mean_predictor_l1, normalize_targets
+from jepa_core.positions import Grid
+from jepa_core.predictor import MaskedPredictor
+
+FEATURES = "features"
+HEALTH_TOKENS = 512
+"""Tokens that rank and standard deviation are taken over."""
+
+
+class MaskIds(NamedTuple):
+    """One mask type of a batch on the device: see jepa_core.masks.Masks."""
+
+    context: Tensor
+    """int64 [B, K]"""
+    target: Tensor
+    """int64 [G, B, M]"""
+    context_valid: Tensor | None = None
+    """bool [B, K]; None when every entry is real."""
+    target_valid: Tensor | None = None
+    """bool [G, B, M]"""
+
+
+class Pretraining(nn.Module):
+    """The student (encoder), its moving average (target encoder) and the predictor."""
+
+    def __init__(self, config: PretrainModelConfig) -> None:
+        """Raises ValueError for levels or losses that do not fit each other."""
+        super().__init__()
+        encoder, predictor = config.encoder, config.predictor
+        if predictor.levels > encoder.levels:
+            raise ValueError(f"the predictor reads {predictor.levels} levels, the encoder offers {encoder.levels}")
+        if predictor.target_dim not in (0, encoder.dim):
+            raise ValueError(
+                f"target_dim={predictor.target_dim} is for distillation from another encoder, which is {encoder.dim} wide"
+            )
+        if config.loss.context_weight and not predictor.predict_context:
+            raise ValueError(f"loss.context_weight={config.loss.context_weight} needs predictor.predict_context=true")
+        self.config = config
+        self.encoder = VisionTransformer(encoder)
+        self.predictor = MaskedPredictor(predictor, encoder, len(config.masks))
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.levels = self.encoder.level_blocks[-predictor.levels :] if encoder.levels > 1 else ()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh weights, the same in student and teacher; for a model that was built on the meta device and then `to_empty`."""
+        self.encoder.reset_parameters()
+        self.predictor.reset_parameters()
+        self.target_encoder.load_state_dict(self.encoder.state_dict())
+
+    def forward(
+        self, clip: Tensor, grid: Grid, masks: Sequence[MaskIds], context_weight: float = 0.0, clip_group: int = 0
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Tubelets [B, N, P] of a grid and one MaskIds per mask type -> (loss, numbers to log).
+
+        `context_weight` is the present weight of the loss on visible tokens. `clip_group` counts the clip lengths of a mixed
+        batch and chooses the mask token where predictor.mask_token_by is "clip".
+        """
+        with torch.no_grad():
+            features = self.target_encoder(clip, grid, levels=self.levels)
+            target = normalize_targets(features, max(1, len(self.levels)))
+        image = clip.shape[-1] == self.config.encoder.patch_size**2 * 3
+        losses, trivial = [], []
+        numbers: dict[str, Any] = {}
+        for index, mask in enumerate(masks):
+            token = index if self.config.predictor.mask_token_by == "mask" else clip_group  # noqa: S105
+            loss, hidden = self._mask_loss(clip, grid, mask, target, token, image, context_weight)
+            losses.append(loss)
+            trivial.append(mean_predictor_l1(hidden))
+            for part, ids, valid in (
+                ("context", mask.context, mask.context_valid),
+                ("target", mask.target[0], mask.target_valid),
+            ):
+                share = ids.shape[1] if valid is None else valid.float().sum() / valid.shape[:-1].numel()
+                numbers[f"{part}_ratio_{index}"] = share / grid.num_tokens
+        tokens = features[..., -self.config.encoder.dim :].flatten(0, 1)
+        numbers |= {"trivial": torch.stack(trivial).mean(), FEATURES: tokens[:: max(1, len(tokens) // HEALTH_TOKENS)]}
+        return torch.stack(losses).mean(), numbers
+
+    def _mask_loss(
+        self, clip: Tensor, grid: Grid, mask: MaskIds, target: Tensor, token: int, image: bool, context_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, hidden targets [G*B, M, D]) of one mask type."""
+        context = self.encoder(clip, grid, mask.context, mask.context_valid, self.levels)
+        groups = len(mask.target)
+        context_ids, context_valid = mask.context, mask.context_valid
+        target_ids, target_valid = (
+            mask.target.flatten(0, 1),
+            None if mask.target_valid is None else mask.target_valid.flatten(0, 1),
+        )
+        if groups > 1:  # I-JEPA: every target block is predicted alone, from the same context
+            context, target, context_ids = (
+                context.repeat(groups, 1, 1),
+                target.repeat(groups, 1, 1),
+                context_ids.repeat(groups, 1),
+            )
+            context_valid = None if context_valid is None else context_valid.repeat(groups, 1)
+        valid = None
+        if context_valid is not None or target_valid is not None:
+            parts = ((context_ids, context_valid), (target_ids, target_valid))
+            valid = torch.cat([torch.ones_like(ids, dtype=torch.bool) if v is None else v for ids, v in parts], dim=1)
+        prediction, seen = self.predictor(context, context_ids, target_ids, grid, token, valid, image)
+        hidden = gather_tokens(target, target_ids)
+        loss = latent_loss(prediction, hidden, self.config.loss.kind, target_valid)
+        if seen is not None:
+            weight = None
+            if self.config.loss.context_by_distance:
+                weight = context_distance_weight(context_ids, target_ids, grid, target_valid)
+            visible = gather_tokens(target, context_ids)
+            # Multiplied even by 0, so that DDP finds a gradient for the context projection in every step.
+            loss = loss + context_weight * latent_loss(seen, visible, self.config.loss.kind, context_valid, weight)
+        return loss, hidden
