@@ -64,7 +64,8 @@ def shard(module: nn.Module, mesh: DeviceMesh | None = None, param_dtype: torch.
     for block in _blocks(module):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     for network in module.children():
-        fully_shard(network, mesh=mesh, mp_policy=policy)
+        # By default a root stays gathered after its forward; the EMA, without a backward pass, would then meet whole tensors.
+        fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return module
 
 

@@ -18,6 +18,8 @@ from torch.nn import functional as F  # noqa: N812
 from jepa_core.config import Position
 
 FREQUENCY_BASE = 10_000.0
+CPU = torch.device("cpu")
+"""Tables are computed on the host, whatever the default device is: every device then rounds the same numbers."""
 
 
 class Grid(NamedTuple):
@@ -48,7 +50,7 @@ def rope_table(
     puts so many tokens before the patches of each step, turned by time alone (reference: ACRoPEAttention). Layers share a table;
     for masked sequences gather its rows by token id. `native` is only read for rope_interpolated.
     """
-    with torch.inference_mode(False), torch.device("cpu"):  # a table made during inference serves training too
+    with torch.inference_mode(False):  # a table made during inference serves training too
         t, h, w = token_positions(grid)
         if position == "rope_interpolated":
             h = h * ((native.h - 1) / max(1, grid.h - 1))
@@ -56,7 +58,7 @@ def rope_table(
         tiled = position == "rope"
         table = _rotations((t, h, w), head_dim, tiled).unflatten(0, (grid.t, grid.tokens_per_step))
         if num_conditions:
-            steps = torch.arange(grid.t, dtype=torch.float32)
+            steps = torch.arange(grid.t, dtype=torch.float32, device=CPU)
             conditions = _rotations((steps, steps * 0, steps * 0), head_dim, tiled)
             table = torch.cat([conditions[:, None].expand(-1, num_conditions, -1), table], dim=1)
         return table.flatten(0, 1).to(device=device, dtype=dtype)
@@ -64,7 +66,7 @@ def rope_table(
 
 def token_positions(grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """(t, h, w) of every token: float32 [N] each."""
-    ids = torch.arange(grid.num_tokens)
+    ids = torch.arange(grid.num_tokens, device=CPU)
     rest = ids % grid.tokens_per_step
     return (ids // grid.tokens_per_step).float(), (rest // grid.w).float(), (rest % grid.w).float()
 
@@ -72,11 +74,11 @@ def token_positions(grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
 def _rotations(positions: tuple[Tensor, Tensor, Tensor], head_dim: int, tiled: bool) -> Tensor:
     """[cos | signed sin] float32 [N, 2*d] for positions float32 [N] along the three axes."""
     part = 2 * (head_dim // 3 // 2)
-    frequencies = FREQUENCY_BASE ** (-torch.arange(part // 2, dtype=torch.float32) / (part / 2))
+    frequencies = FREQUENCY_BASE ** (-torch.arange(part // 2, dtype=torch.float32, device=CPU) / (part / 2))
     angles = [position[:, None] * frequencies for position in positions]
     angles = [angle.tile(2) if tiled else angle.repeat_interleave(2, dim=-1) for angle in angles]
-    angle = torch.cat([*angles, torch.zeros(len(positions[0]), head_dim - 3 * part)], dim=-1)
-    sign = torch.tensor([-1.0, 1.0]).tile(head_dim // 2 + 1)[:head_dim]
+    angle = torch.cat([*angles, torch.zeros(len(positions[0]), head_dim - 3 * part, device=CPU)], dim=-1)
+    sign = torch.tensor([-1.0, 1.0], device=CPU).tile(head_dim // 2 + 1)[:head_dim]
     return torch.cat([angle.cos(), angle.sin() * sign], dim=-1)
 
 
@@ -90,7 +92,7 @@ def sincos_table(grid: Grid, dim: int, position: Position) -> Tensor:
         raise ValueError(f"position=sincos_image is for images, got a grid of {grid.t} steps in time")
     t, h, w = (axis.double() for axis in token_positions(grid))
     share, axes = (dim // 2, (w, h)) if position == "sincos_image" else (-(-dim // 6) * 2, (t, h, w))
-    frequencies = FREQUENCY_BASE ** (-torch.arange(share // 2, dtype=torch.float64) / (share / 2))
+    frequencies = FREQUENCY_BASE ** (-torch.arange(share // 2, dtype=torch.float64, device=CPU) / (share / 2))
     parts = []
     for axis in axes:
         angle = axis[:, None] * frequencies

@@ -14,8 +14,7 @@ import numpy as np
 from jepa_core.config import ClipConfig
 
 _PHILOX_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
-_PHILOX_KEY_STEPS = np.arange(10, dtype=np.uint64)[:, None, None] * np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
-_LOW, _WORD = np.array([0xFFFFFFFF], dtype=np.uint64), np.array([32], dtype=np.uint64)
+_PHILOX_KEY_STEPS = np.arange(10, dtype=np.uint32)[:, None, None] * np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint32)
 
 
 class Stream(IntEnum):
@@ -58,14 +57,13 @@ def random_words(seed: int, stream: Stream, index: int, samples: Sequence[int], 
     if not (0 <= seed < 2**64 and 0 <= index < 2**24):
         raise ValueError(f"seed {seed} must be in [0, 2**64) and index {index} in [0, 2**24)")
     rows = np.asarray(samples, dtype=np.uint64)[:, None]
-    counter = np.empty((4, len(rows), count), dtype=np.uint64)
-    counter[0] = np.arange(first, first + count, dtype=np.uint64)
+    counter = np.empty((4, len(rows), count), dtype=np.uint32)
+    counter[0] = np.arange(first, first + count)
     counter[1] = stream + 256 * index
-    counter[2] = rows & _LOW
-    counter[3] = rows >> _WORD
-    words = philox(counter.reshape(4, -1), np.array([seed & 0xFFFFFFFF, seed >> 32], dtype=np.uint64))
-    pairs = words[0::2] | words[1::2] << _WORD
-    return np.ascontiguousarray(pairs.T).reshape(len(rows), 2 * count)
+    counter[2] = rows & np.uint64(0xFFFFFFFF)
+    counter[3] = rows >> np.uint64(32)
+    words = philox(counter.reshape(4, -1), np.array([seed & 0xFFFFFFFF, seed >> 32], dtype=np.uint32))
+    return words.view("<u8").reshape(len(rows), 2 * count)
 
 
 def uniforms(seed: int, stream: Stream, index: int, samples: Sequence[int], first: int, count: int) -> np.ndarray:
@@ -74,29 +72,33 @@ def uniforms(seed: int, stream: Stream, index: int, samples: Sequence[int], firs
 
 
 def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Philox4x32-10: counters uint64 [4, n] below 2**32 under a key uint64 [2] -> random words uint64 [4, n] below 2**32.
+    """Philox4x32-10: counters uint32 [4, n] under a key uint32 [2] -> random words uint32, little-endian, [n, 4].
 
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; tested with the vectors of its Random123 library.
     """
-    multiplied, added = counter[0::2].copy(), counter[1::2].copy()
-    product = np.empty_like(multiplied)
-    swapped = product[::-1]
-    for round_key in key[:, None] + _PHILOX_KEY_STEPS & _LOW:
+    multiplied, added = counter[0::2].copy(), counter[1::2]
+    # Both products of a round at once. High and low halves are views of them, the pair swapped; a round still needs the low
+    # halves of the one before, hence two buffers.
+    products = np.empty((2, *multiplied.shape), dtype="<u8")
+    halves = [(p, p.view("<u4")[::-1, 1::2], p.view("<u4")[::-1, 0::2]) for p in products]
+    for number, round_key in enumerate(key[:, None] + _PHILOX_KEY_STEPS):
+        product, high, low = halves[number % 2]
         np.multiply(multiplied, _PHILOX_MULTIPLIERS, out=product)
-        np.right_shift(swapped, _WORD, out=multiplied)
-        multiplied ^= added
+        np.bitwise_xor(high, added, out=multiplied)
         multiplied ^= round_key
-        np.bitwise_and(swapped, _LOW, out=added)
-    return np.stack([multiplied[0], added[0], multiplied[1], added[1]])
+        added = low
+    words = np.empty((counter.shape[1], 4), dtype="<u4")
+    words[:, 0::2], words[:, 1::2] = multiplied.T, added.T
+    return words
 
 
-def splitmix(keys: np.ndarray, first: int, count: int) -> np.ndarray:
-    """Words `first` to `first + count` of the SplitMix64 stream of each key: uint64 [n] -> uint64 [n, count].
+def splitmix(keys: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Words at some places of the SplitMix64 stream of each key: uint64 [n], uint64 [m] -> random words uint64 [n, m].
 
-    A fifth of Philox's work, for bits in bulk; keys from `random_words` keep the streams of samples apart. Source: Steele, Lea
-    and Flood 2014, "Fast splittable pseudorandom number generators".
+    A fifth of Philox's work, for bits in bulk. The words of one key all differ, so they can be keys in their turn. Source:
+    Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
     """
-    z = keys[:, None] + np.arange(first + 1, first + 1 + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = keys[:, None] + (places + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z ^= z >> np.uint64(30)
     z *= np.uint64(0xBF58476D1CE4E5B9)
     z ^= z >> np.uint64(27)

@@ -121,13 +121,35 @@ def to_official(part: str, state: State, unused: State, config: ModelConfig) -> 
     return {_rename_mask_token(key, part, config, to_official=True): tensor for key, tensor in {**state, **unused}.items()}
 
 
+def build(part: str, config: ModelConfig, state: Mapping[str, Any] | None = None) -> nn.Module:
+    """The module of one part, with fresh weights. `state` tells the width of the tokens where the model holds no encoder.
+
+    Raises ValueError for a part that is not configured.
+    """
+    state = state or {}
+    configs = {ENCODER: config.encoder, TARGET_ENCODER: config.encoder, PREDICTOR: config.predictor,
+               ACTION_PREDICTOR: config.action_predictor, PROBE: config.probe}  # fmt: skip
+    if configs[part] is None:
+        raise ValueError(f"{part}: the model's configuration does not describe it")
+    if part in (ENCODER, TARGET_ENCODER):
+        return VisionTransformer(config.encoder)
+    if part == PREDICTOR:
+        if config.encoder is None:
+            raise ValueError("predictor: without its encoder the width of its tokens and their positions are unknown")
+        return MaskedPredictor(config.predictor, config.encoder, config.predictor.num_mask_tokens)
+    if part == ACTION_PREDICTOR:
+        dim = config.encoder.dim if config.encoder else _shape(part, state, "predictor_embed.weight")[1]
+        return ActionPredictor(config.action_predictor, dim)
+    return AttentiveClassifier(config.probe, config.encoder.dim if config.encoder else _shape(part, state, _QUERY)[2])
+
+
 def expected_shapes(part: str, config: ModelConfig, state: Mapping[str, Any] | None = None) -> dict[str, Size]:
     """Key -> shape of one part. Nothing is allocated: the module is built on the meta device.
 
-    `state` tells the width of the tokens where the model holds no encoder. Raises ValueError for a part that is not configured.
+    Raises ValueError for a part that is not configured.
     """
     with torch.device("meta"):
-        module = _build(part, config, state or {})
+        module = build(part, config, state)
     return {key: tensor.shape for key, tensor in module.state_dict().items()}
 
 
@@ -143,23 +165,6 @@ def check(part: str, state: Mapping[str, Tensor], expected: Mapping[str, Size]) 
     found = [("missing", missing), ("unexpected", unexpected), ("wrongly shaped", wrong)]
     if listed := [f"{len(keys)} {kind} ({_few(keys)})" for kind, keys in found if keys]:
         raise ValueError(f"{part}: of {len(expected)} keys, {'; '.join(listed)}")
-
-
-def _build(part: str, config: ModelConfig, state: Mapping[str, Any]) -> nn.Module:
-    configs = {ENCODER: config.encoder, TARGET_ENCODER: config.encoder, PREDICTOR: config.predictor,
-               ACTION_PREDICTOR: config.action_predictor, PROBE: config.probe}  # fmt: skip
-    if configs[part] is None:
-        raise ValueError(f"{part}: the model's configuration does not describe it")
-    if part in (ENCODER, TARGET_ENCODER):
-        return VisionTransformer(config.encoder)
-    if part == PREDICTOR:
-        if config.encoder is None:
-            raise ValueError("predictor: without its encoder the width of its tokens and their positions are unknown")
-        return MaskedPredictor(config.predictor, config.encoder, config.predictor.num_mask_tokens)
-    if part == ACTION_PREDICTOR:
-        dim = config.encoder.dim if config.encoder else _shape(part, state, "predictor_embed.weight")[1]
-        return ActionPredictor(config.action_predictor, dim)
-    return AttentiveClassifier(config.probe, config.encoder.dim if config.encoder else _shape(part, state, _QUERY)[2])
 
 
 def _rename_mask_token(key: str, part: str, config: ModelConfig, *, to_official: bool) -> str:

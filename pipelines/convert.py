@@ -32,6 +32,11 @@ ENTRIES = {"encoder": ENCODER, "target_encoder": TARGET_ENCODER, "ema_encoder": 
 CLASSIFIERS = "classifiers"
 EPOCH = "epoch"
 """The official loaders of evaluation and of action-conditioned training ask for it."""
+UNREADABLE = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, zipfile.BadZipFile),
+    *(ValueError, LookupError, TypeError, AttributeError),
+)
+"""What comes out of torch.load for a damaged file: its bytes are taken for instructions until one makes no sense."""
 TRANSFORMERS_CONFIG, TRANSFORMERS_WEIGHTS = "config.json", "model.safetensors"
 TRANSFORMERS_VERSION = "5.23.0"
 """The release whose modules the names below were checked against."""
@@ -58,7 +63,7 @@ def run(config: ConvertConfig, reporter: Reporter) -> dict[str, Any]:
         written(model, destination)
     return {
         "destination": destination,
-        "kind": model.kind,
+        "model": model.kind,
         "parts": list(model.parts),
         "config": {name: asdict(value) for name, value in vars(model.config).items() if value},
         "never_read": [f"{part}/{key}" for part, state in model.unused.items() for key in state],
@@ -134,14 +139,15 @@ def _load_checkpoint(uri: str) -> dict[str, Any]:
             raise InputRefused(f"{uri} is no whole .pt file (its table of contents is missing): truncated, or something else")
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError as error:
-            named = re.search(r"GLOBAL (\S+)", str(error))
+        except UNREADABLE as error:
+            if named := re.search(r"GLOBAL (\S+)", str(error)):
+                raise InputRefused(
+                    f"{uri} holds Python objects ({named[1]}) that only load by running code: save its state dicts as plain "
+                    "dictionaries of tensors, and convert that"
+                ) from error
             raise InputRefused(
-                f"{uri} holds Python objects{f' ({named[1]})' if named else ''} that only run as code: save its state dicts as "
-                "plain dictionaries of tensors, and convert that"
+                f"{uri} is damaged and cannot be read as a .pt file ({type(error).__name__}): copy it again"
             ) from error
-        except (RuntimeError, EOFError, OSError, KeyError) as error:
-            raise InputRefused(f"{uri} cannot be read as a .pt file: {str(error).splitlines()[0]}") from error
     if not isinstance(checkpoint, dict):
         raise InputRefused(f"{uri} holds a {type(checkpoint).__name__}, not the dictionary of an official checkpoint")
     return checkpoint
@@ -210,7 +216,7 @@ def _write_vjepa2(model: ModelFolder, uri: str) -> None:
         single = images or ACTION_PREDICTOR in model.parts or part == PROBE
         entry = known.get(part, {"name": part, "prefix": "module." if single else "module.backbone."})
         official = weights.to_official(part, state, model.unused.get(part, {}), model.config)
-        named = {entry["prefix"] + key: tensor.detach().clone() for key, tensor in official.items()}
+        named = {entry["prefix"] + key: _alone(tensor) for key, tensor in official.items()}
         if part == PROBE:
             checkpoint[CLASSIFIERS] = [named]
         else:
@@ -218,6 +224,12 @@ def _write_vjepa2(model: ModelFolder, uri: str) -> None:
     buffer = io.BytesIO()
     torch.save({**checkpoint, EPOCH: model.source.get(EPOCH, 0)}, buffer)
     storage.write_bytes(uri, buffer.getvalue())
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """torch.save writes the whole memory behind a tensor, which may hold its neighbours too."""
+    tensor = tensor.detach()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 # ---- transformers
@@ -338,7 +350,6 @@ def _write_transformers(model: ModelFolder, uri: str) -> None:
         "pred_hidden_size": predictor.dim, "pred_num_hidden_layers": predictor.depth, "pred_mlp_ratio": predictor.mlp_ratio,
         "pred_num_attention_heads": predictor.heads, "pred_num_mask_tokens": predictor.num_mask_tokens,
         "dtype": str(model.parts[ENCODER]["norm.weight"].dtype).removeprefix("torch."),
-        "transformers_version": TRANSFORMERS_VERSION,
     }  # fmt: skip
     before = model.source.get("config", {}) if model.source.get("format") == "transformers" else {}
     if probe:
@@ -348,4 +359,5 @@ def _write_transformers(model: ModelFolder, uri: str) -> None:
             labels = {str(index): f"LABEL_{index}" for index in range(probe.num_classes)}
         tree |= {"id2label": labels, "label2id": {label: int(index) for index, label in labels.items()}}
     model_folder.save_tensors(storage.join(uri, TRANSFORMERS_WEIGHTS), state)
-    storage.write_bytes(storage.join(uri, TRANSFORMERS_CONFIG), json.dumps({**before, **tree}, indent=2).encode())
+    tree = {"transformers_version": TRANSFORMERS_VERSION, **before, **tree}
+    storage.write_bytes(storage.join(uri, TRANSFORMERS_CONFIG), json.dumps(tree, indent=2).encode())

@@ -9,7 +9,7 @@ import pytest
 from conftest import jepa
 
 from pipelines import config as schema
-from pipelines.cli import VERBS
+from pipelines.cli import VERBS, overrides
 from pipelines.errors import UsageError
 
 REQUIRED = {
@@ -130,9 +130,7 @@ def written_commands() -> list[str]:
 @pytest.mark.parametrize("command", written_commands())
 def test_written_commands_are_valid(command):
     verb, *arguments = command.split()[1:]
-    if VERBS[verb].positional and "=" not in arguments[0]:
-        arguments[0] = f"{VERBS[verb].positional}={arguments[0]}"
-    schema.load(VERBS[verb].options, verb, arguments)
+    schema.load(VERBS[verb].options, verb, overrides(VERBS[verb], arguments))
 
 
 def test_every_preset_says_paper_expectation_and_command():

@@ -1,13 +1,10 @@
-"""What a sample number means: the same video, frames, crop and masks for ever."""
+"""What a sample number means: the same video, frames and crop for ever."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jepa_core.config import ClipConfig, MaskConfig
-from jepa_core.masks import draw_masks
-from jepa_core.positions import Grid
+from jepa_core.config import ClipConfig
 from jepa_core.sampling import Stream, centre_crop, clip_frames, crop_box, generator, video_of_sample
 
 
@@ -69,58 +66,3 @@ def test_crops_stay_inside_the_frame(width, height, n):
 def test_the_centre_crop_is_the_largest_square():
     assert centre_crop(1280, 720) == (280, 0, 720, 720, False)
     assert centre_crop(720, 1280) == (0, 280, 720, 720, False)
-
-
-GRID = Grid(8, 16, 16)
-
-
-def test_masks_are_a_pure_function_of_seed_step_and_sample():
-    one = draw_masks(MaskConfig(), 0, GRID, 0, 5, [40, 41, 42, 43])
-    two = draw_masks(MaskConfig(), 0, GRID, 0, 5, [40, 41, 42, 43])
-    np.testing.assert_array_equal(one.context, two.context)
-    np.testing.assert_array_equal(one.target, two.target)
-    other = draw_masks(MaskConfig(), 0, GRID, 0, 6, [40, 41, 42, 43])
-    assert other.target.shape != one.target.shape or (other.target != one.target).any()
-
-
-def test_a_single_samples_mask_partitions_the_grid_into_tubes():
-    for n in range(20):
-        context, target = draw_masks(MaskConfig(), 0, GRID, 0, n, [n])
-        both = np.sort(np.concatenate([context[0], target[0]]))
-        np.testing.assert_array_equal(both, np.arange(GRID.num_tokens))
-        steps = target[0].reshape(GRID.t, -1) % GRID.tokens_per_step
-        assert (steps == steps[0]).all(), "temporal scale 1 makes the same spatial pattern at all times"
-
-
-def plain_context_ratio(num_blocks: int, scale: float, calls: int) -> float:
-    """The reference collator's rule at batch 1, restated with plain uniform draws: mean share of tokens kept."""
-    rng = np.random.default_rng(0)
-    kept = []
-    while len(kept) < calls:
-        aspect, area = rng.uniform(0.75, 1.5), int(256 * scale)
-        h, w = min(16, round((area * aspect) ** 0.5)), min(16, round((area / aspect) ** 0.5))
-        keep = np.ones((16, 16), bool)
-        for _ in range(num_blocks):
-            top, left = rng.integers(0, 16 - h + 1), rng.integers(0, 16 - w + 1)
-            keep[top : top + h, left : left + w] = False
-        if keep.any():
-            kept.append(keep.mean())
-    return float(np.mean(kept))
-
-
-@pytest.mark.parametrize(("num_blocks", "scale"), [(8, 0.15), (2, 0.7)])
-def test_mask_ratios_follow_the_references_rule(num_blocks, scale):
-    config = MaskConfig(num_blocks, (scale, scale))
-    ratios = [draw_masks(config, 0, GRID, 1, n, [n]).context.shape[1] / GRID.num_tokens for n in range(2000)]
-    assert np.mean(ratios) == pytest.approx(plain_context_ratio(num_blocks, scale, 2000), abs=0.01)
-
-
-def test_cutting_a_batch_does_not_prefer_the_start_of_the_clip():
-    context = draw_masks(MaskConfig(), 0, GRID, 0, 0, list(range(24))).context
-    late = (context >= GRID.num_tokens // 2).mean()
-    assert late == pytest.approx(0.5, abs=0.03)
-
-
-def test_masks_without_context_are_refused_with_the_numbers():
-    with pytest.raises(ValueError, match=r"1 mask blocks of \(1, 2, 2\).*grid of \(1, 2, 2\)"):
-        draw_masks(MaskConfig(1, (1.0, 1.0), (1.0, 1.0), (1.0, 1.0)), 0, Grid(1, 2, 2), 0, 0, [0])

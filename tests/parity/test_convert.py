@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import jepa
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from jepa_core import weights
@@ -183,6 +184,22 @@ def test_ours_to_transformers_and_back(parts, dtype, tmp_path, reporter):
     assert (after.clip.num_frames, after.clip.crop_size) == (8, 32)
 
 
+def test_fused_rows_are_split_in_the_order_of_the_reference(tmp_path, reporter):
+    """Query, key and value; a map that confuses them both ways would still be exact there and back."""
+    ours = folder(tmp_path, ENCODER, PREDICTOR, PROBE)
+    run(reporter, ours, tmp_path / "hf", "jepa", "transformers")
+    parts, theirs = model_folder.read(ours).parts, load_file(tmp_path / "hf" / "model.safetensors")
+    names = ("query", "key", "value")
+    qkv = [theirs[f"vjepa2.encoder.layer.1.attention.{name}.weight"] for name in names]
+    assert torch.equal(torch.cat(qkv), parts[ENCODER]["blocks.1.attn.qkv.weight"])
+    qkv = [theirs[f"vjepa2.predictor.layer.0.attention.{name}.bias"] for name in names]
+    assert torch.equal(torch.cat(qkv), parts[PREDICTOR]["predictor_blocks.0.attn.qkv.bias"])
+    kv = [theirs[f"pooler.cross_attention_layer.cross_attn.{name}_proj.weight"] for name in "kv"]
+    assert torch.equal(torch.cat(kv), parts[PROBE]["pooler.cross_attention_block.xattn.kv.weight"])
+    tokens = theirs["vjepa2.predictor.embeddings.mask_tokens"]
+    assert torch.equal(tokens[2], parts[PREDICTOR]["mask_tokens.2"])
+
+
 def test_student_or_teacher_is_said(tmp_path, reporter):
     ours = folder(tmp_path, *STUDENT_TEACHER)
     with pytest.raises(UsageError, match=r"encoder=encoder .* or encoder=target_encoder"):
@@ -224,7 +241,7 @@ def test_transformers_to_ours_and_back(kind, tmp_path, reporter):
     run(reporter, tmp_path / "hf", tmp_path / "ours", "transformers", "jepa")
     model = model_folder.read(str(tmp_path / "ours"))
     for part, state in model.parts.items():
-        built = weights._build(part, model.config, state)
+        built = weights.build(part, model.config, state)
         assert built.load_state_dict(state, strict=True)
     assert model.kind == ("probe" if "Class" in kind else "pretraining")
 
@@ -347,13 +364,13 @@ class Odd:
     [
         ("truncated", ["no whole .pt file"]),
         ("garbage", ["no whole .pt file"]),
-        ("cut inside", ["cannot be read as a .pt file"]),
+        ("cut inside", ["is damaged and cannot be read as a .pt file"]),
         ("missing key", ["1 missing (blocks.1.attn.qkv.bias)"]),
         ("extra key", ["1 unexpected (cls_token)"]),
         ("wrong shape", ["1 wrongly shaped (norm.weight [95] for [96])"]),
-        ("one unwrapped key", ["unexpected (module.backbone.", "missing (patch_embed.proj.bias"]),
+        ("one unwrapped key", ["blocks.0.mlp.fc1.weight is missing among 28 keys (module.backbone."]),
         ("no blocks", ["blocks.0.mlp.fc1.weight is missing"]),
-        ("pickled object", ["Python objects (test_convert.Odd)", "only run as code"]),
+        ("pickled object", ["Python objects (test_convert.Odd)", "only load by running code"]),
         ("other entries", ["none of the entries encoder", "it holds model, optimizer"]),
         ("a list", ["holds a list"]),
         ("not tensors", ["its entry encoder is no state dict"]),
@@ -553,6 +570,32 @@ def test_a_pretraining_run_becomes_a_transformers_folder(tmp_path, reporter):
     back = model_folder.read(str(tmp_path / "back"))
     same(back.parts, {part: parts[part] for part in (ENCODER, PREDICTOR)})
     assert back.config.encoder == run_config.model.encoder
+
+
+def test_a_post_training_run_becomes_an_official_file(tmp_path, reporter):
+    from pipelines import post_train, run_folder
+    from pipelines.config import PostTrainConfig, PretrainConfig, load, to_yaml
+
+    before = load(PretrainConfig, "pretrain", ["catalog=a", "run.dir=b", "train.steps=1", "model.encoder.dim=96",
+                                               "model.encoder.depth=2", "model.encoder.heads=4"])  # fmt: skip
+    run_config = load(PostTrainConfig, "post-train", ["trajectories=a", "encoder=b", f"run.dir={tmp_path}/run", "train.steps=1",
+                                                      "predictor.dim=64", "predictor.depth=2", "predictor.heads=4"])  # fmt: skip
+    config = ModelConfig(before.model.encoder, action_predictor=run_config.predictor)
+    parts = states(config, ENCODER, ACTION_PREDICTOR)
+    (tmp_path / "step").mkdir()
+    save_file(parts[ACTION_PREDICTOR], tmp_path / "step" / f"{post_train.PREDICTOR}.safetensors")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(run_config))
+    (tmp_path / "run" / post_train.ENCODER_CONFIG).write_text(json.dumps(OmegaConf.to_container(OmegaConf.structured(before))))
+    save_file(parts[ENCODER], tmp_path / "run" / post_train.ENCODER_FILE)
+    run_folder.commit_local(str(tmp_path / "run"), str(tmp_path / "step"), 1)
+
+    run(reporter, tmp_path / "run", tmp_path / "x.pt", "jepa", "vjepa2")
+    written = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert set(written) == {"encoder", "predictor", "epoch"}
+    same(written["predictor"], {f"module.{key}": t for key, t in parts[ACTION_PREDICTOR].items()})
+    run(reporter, tmp_path / "x.pt", tmp_path / "back", "vjepa2", "jepa", *HEADS)
+    same(model_folder.read(str(tmp_path / "back")).parts, parts)
 
 
 def test_the_command_line_takes_flags_words_and_options(tmp_path):
