@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check system clean
+.PHONY: demo test check bench-core system clean
 
 demo: $(INSTALLED) system
 	$(BIN)/jepa demo dir=runs/demo
@@ -16,6 +16,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+# One pretraining step against transformers' layers, and against a reference checkout: make bench-core ARGS="--reference PATH"
+bench-core: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_core.py $(ARGS)
 
 # Headless OpenGL for the simulated robot; says what to install where it cannot do so itself.
 system: $(INSTALLED)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipelines.cli import VERBS
-from pipelines.config import load
 from pipelines.errors import EXIT_OK, JepaError, Retryable, UsageError
+from pipelines.presets import load
 
 POLL_SECONDS = 1.0
 USAGE = "usage: python -m cluster.submit http://HEAD:8265 VERB [key=value ...]"

@@ -211,6 +211,20 @@ class PretrainModelConfig:
     mask_policy: MaskPolicy = "random"
     loss: LossConfig = field(default_factory=LossConfig)
 
+    def check(self) -> None:
+        """Raises ValueError for parts that do not fit each other."""
+        encoder, predictor = self.encoder, self.predictor
+        if predictor.levels > encoder.levels:
+            raise ValueError(f"predictor.levels={predictor.levels}, but the encoder has encoder.levels={encoder.levels}")
+        if predictor.target_dim not in (0, encoder.dim):
+            raise ValueError(
+                f"predictor.target_dim={predictor.target_dim} is for distillation, and the target is {encoder.dim} wide"
+            )
+        if self.loss.context_weight and not predictor.predict_context:
+            raise ValueError(f"loss.context_weight={self.loss.context_weight} needs predictor.predict_context=true")
+        if encoder.position == "sincos_image" and encoder.tubelet_size != 1:
+            raise ValueError(f"encoder.position=sincos_image needs encoder.tubelet_size=1, not {encoder.tubelet_size}")
+
 
 _SIZES: dict[str, dict[str, Any]] = {
     "vit_tiny": {"dim": 192, "depth": 12, "heads": 3},

@@ -1,7 +1,7 @@
 """Which tokens are context and which are targets, as a pure function of (seed, step, sample, configuration). Numpy only.
 
 Legend: B batch, R rows of it, N = T*H*W tokens of the grid in raster order (w fastest), P blocks, K context tokens, M target
-tokens, G 2 when context and target are cut together and 1 when the context is cut alone, D random draws.
+tokens, G 2 when context and target are cut together and 1 when the context is cut alone.
 
 Three layers, each without random state of its own: sizes of blocks from uniform numbers (`union_size`, `separate_sizes`); keep
 maps from sizes and corners (`union_context`, `separate_blocks`); a rectangular batch from keep maps (`cut`). `draw_masks` feeds
@@ -15,14 +15,13 @@ a context or target of one token works; and blocks that can never fit are an err
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from jepa_core.config import MaskConfig, MaskPolicy
 from jepa_core.positions import Grid
-from jepa_core.sampling import Stream, generator, splitmix, uniforms
+from jepa_core.sampling import Stream, random_words, splitmix, unit_interval
 
 MAX_REDRAWS = 100
 """Attempts to find blocks that leave a context (`union`); the reference tries for ever."""
@@ -56,6 +55,13 @@ class Masks(NamedTuple):
         target = self.target.shape[-1] if self.target_valid is None else self.target_valid.sum(axis=-1).mean()
         return float(context) / grid.num_tokens, float(target) / grid.num_tokens
 
+    def tokens_of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of one row's context, and of its targets together, without padding."""
+        everywhere = slice(None)
+        context = self.context[row, everywhere if self.context_valid is None else self.context_valid[row]]
+        target = self.target[:, row] if self.target_valid is None else self.target[:, row][self.target_valid[:, row]]
+        return context, np.unique(target)
+
 
 class BlockSize(NamedTuple):
     """Tokens of a block along time, height and width."""
@@ -70,32 +76,40 @@ def draw_masks(
 ) -> Masks:
     """The masks number `index` of a batch of B sample numbers at a step.
 
-    A sample's blocks depend on the other rows in nothing; what the policy keeps of them only through the common length.
+    Block sizes belong to the step, everything else to the sample: the other rows only set the length to which a row is cut.
     Raises ValueError when blocks of the configuration cannot be placed on the grid; the message has the numbers.
     """
-    size_draws = generator(seed, Stream.MASK_SIZE, step, index).random(3)
     numbers = np.asarray(samples, dtype=np.uint64)
+    per_attempt = _draws_per_attempt(config)
+    # One call for the size, the key of cuts and the first positions: random numbers take a third of the time of a batch.
+    streams = np.full((len(numbers) + 2, 1), Stream.MASK_POSITION)
+    streams[-2:, 0] = Stream.MASK_SIZE, Stream.MASK_CUT
+    words = random_words(seed, streams, index, np.append(numbers, np.array([step, 0], dtype=np.uint64)), 0, per_attempt)
+    first_draws, size_draws = unit_interval(words[:-2]), unit_interval(words[-2])
 
     def keys() -> np.ndarray:
-        parent = generator(seed, Stream.MASK_CUT, index).integers(2**64, size=1, dtype=np.uint64)
-        return splitmix(parent, numbers)[0]
+        return splitmix(words[-1, :1], numbers)[0]
 
-    def draw(rows: np.ndarray, first: int, count: int) -> np.ndarray:
-        return uniforms(seed, Stream.MASK_POSITION, index, numbers[rows], first, count)
+    def redraw(rows: np.ndarray, first: int, count: int) -> np.ndarray:
+        return unit_interval(random_words(seed, Stream.MASK_POSITION, index, numbers[rows], first, count))
 
     if config.kind == "separate":
         target_size, context_size = separate_sizes(config, grid, size_draws[:2])
-        target_corners = _corners_2d(draw(np.arange(len(numbers)), 0, config.num_blocks), grid, target_size)
+        target_corners = _separate_corners(first_draws, grid, target_size)
 
         def context_corners(rows: np.ndarray, attempt: int) -> np.ndarray:
-            return _corners_2d(draw(rows, config.num_blocks + attempt, 1), grid, context_size)
+            return _separate_corners(redraw(rows, per_attempt + attempt, 1), grid, context_size)
 
         context, target = separate_blocks(config, grid, target_size, context_size, target_corners, context_corners)
         ((ids, valid),) = cut(context[None], policy, 0, keys)
         return Masks(ids, target, valid, None)
 
     size = union_size(config, grid, size_draws)
-    corners = partial(_union_corners, draw, config.num_blocks, grid, size)
+
+    def corners(rows: np.ndarray, attempt: int) -> np.ndarray:
+        draws = redraw(rows, attempt * per_attempt, per_attempt) if attempt else first_draws
+        return _union_corners(draws, config.num_blocks, grid, size)
+
     context = union_context(config, grid, size, len(numbers), corners)
     (ids, valid), (target, target_valid) = cut(np.stack([context, ~context]), policy, config.max_context, keys)
     return Masks(ids, target[None], valid, None if target_valid is None else target_valid[None])
@@ -218,20 +232,18 @@ def _spans(starts: np.ndarray, length: int, extent: int) -> np.ndarray:
     return offset.view(np.uint64) < length  # cells before the start are huge as unsigned numbers
 
 
-def _union_corners(draw: Callable, num_blocks: int, grid: Grid, size: BlockSize, rows: np.ndarray, attempt: int) -> np.ndarray:
-    """Corners of kind `union`: every place that fits is equally likely. Times come last, and blocks of full length need none."""
-    per_attempt = num_blocks + (num_blocks + 1) // 2
-    count = per_attempt if size.t < grid.t else num_blocks
-    u = draw(rows, attempt * per_attempt, count)
-    corners = np.zeros((len(rows), num_blocks, 3), dtype=np.int64)
-    places = np.array([grid.h - size.h, grid.w - size.w]) + 1
-    corners[..., 1:] = u[:, : 2 * num_blocks].reshape(-1, num_blocks, 2) * places
-    if size.t < grid.t:
-        corners[..., 0] = u[:, 2 * num_blocks : 3 * num_blocks] * (grid.t - size.t + 1)
-    return corners
+def _draws_per_attempt(config: MaskConfig) -> int:
+    """Draws, of two uniform numbers each, that place all blocks of a sample: 3 numbers for a box, 2 for a rectangle."""
+    return config.num_blocks if config.kind == "separate" else (3 * config.num_blocks + 1) // 2
 
 
-def _corners_2d(u: np.ndarray, grid: Grid, size: BlockSize) -> np.ndarray:
+def _union_corners(u: np.ndarray, num_blocks: int, grid: Grid, size: BlockSize) -> np.ndarray:
+    """Corners of kind `union`: float64 [R, 3 * P or more] -> int64 [R, P, 3]. Every place that fits is equally likely."""
+    places = np.array([grid.t - size.t, grid.h - size.h, grid.w - size.w]) + 1
+    return (u[:, : 3 * num_blocks].reshape(-1, num_blocks, 3) * places).astype(np.int64)
+
+
+def _separate_corners(u: np.ndarray, grid: Grid, size: BlockSize) -> np.ndarray:
     """Corners of kind `separate`: float64 [R, 2 * P] -> int64 [R, P, 3].
 
     As in the reference, the last place that fits is never used: blocks don't reach the bottom row and the right column.
@@ -292,7 +304,7 @@ def _random_subsets(maps: np.ndarray, counts: np.ndarray, wanted: np.ndarray, ke
     octet_words = -(-num_tokens // 8)
     octets = splitmix(keys, np.arange(octet_words, dtype=np.uint64)).astype("<u8", copy=False).view(np.uint8)[:, :num_tokens]
     chance = np.minimum(256 * wanted // counts, 255).astype(np.uint8)  # 255 keeps all: only then may all be wanted
-    chosen = octets <= chance[..., None]
+    chosen = np.less_equal(octets, chance[..., None], out=np.empty(maps.shape, dtype=bool))
     chosen &= maps
     kept = _count(chosen)
     missing = kept < wanted
@@ -304,7 +316,7 @@ def _random_subsets(maps: np.ndarray, counts: np.ndarray, wanted: np.ndarray, ke
         return splitmix(keys, np.arange(octet_words, octet_words + count, dtype=np.uint64))
 
     picks = _picks(pool_sizes.ravel(), np.abs(kept - wanted).ravel(), maps.shape, words)
-    chosen.ravel()[np.flatnonzero(pool)[picks]] ^= True
+    chosen.reshape(-1)[np.flatnonzero(pool)[picks]] ^= True
     return chosen
 
 

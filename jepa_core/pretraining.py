@@ -40,15 +40,8 @@ class Pretraining(nn.Module):
     def __init__(self, config: PretrainModelConfig) -> None:
         """Raises ValueError for levels or losses that do not fit each other."""
         super().__init__()
+        config.check()
         encoder, predictor = config.encoder, config.predictor
-        if predictor.levels > encoder.levels:
-            raise ValueError(f"the predictor reads {predictor.levels} levels, the encoder offers {encoder.levels}")
-        if predictor.target_dim not in (0, encoder.dim):
-            raise ValueError(
-                f"target_dim={predictor.target_dim} is for distillation from another encoder, which is {encoder.dim} wide"
-            )
-        if config.loss.context_weight and not predictor.predict_context:
-            raise ValueError(f"loss.context_weight={config.loss.context_weight} needs predictor.predict_context=true")
         self.config = config
         self.encoder = VisionTransformer(encoder)
         self.predictor = MaskedPredictor(predictor, encoder, len(config.masks))

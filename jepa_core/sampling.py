@@ -47,12 +47,15 @@ def generator(seed: int, stream: Stream, *counters: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def random_words(seed: int, stream: Stream, index: int, samples: Sequence[int], first: int, count: int) -> np.ndarray:
+def random_words(
+    seed: int, stream: Stream | np.ndarray, index: int, samples: Sequence[int], first: int, count: int
+) -> np.ndarray:
     """Random 64-bit words for many samples at once: uint64 [len(samples), 2 * count]. Numbers `first` to `first + count` of each.
 
     One call replaces a `generator` for each sample, which takes some 10 us to make. Philox4x32-10 turns a counter of four 32-bit
     words into four random ones. Counter: (number of the draw; stream + 256 * index; sample, low word; sample, high word). Key:
     the seed's two words. So all seeds and samples below 2**64, indices below 2**24 and draws below 2**32 are distinguished.
+    `stream` may also be one for each row: [len(samples), 1].
     """
     if not (0 <= seed < 2**64 and 0 <= index < 2**24):
         raise ValueError(f"seed {seed} must be in [0, 2**64) and index {index} in [0, 2**24)")
@@ -66,9 +69,9 @@ def random_words(seed: int, stream: Stream, index: int, samples: Sequence[int], 
     return words.view("<u8").reshape(len(rows), 2 * count)
 
 
-def uniforms(seed: int, stream: Stream, index: int, samples: Sequence[int], first: int, count: int) -> np.ndarray:
-    """Uniform numbers in [0, 1) with 53 random bits: float64 [len(samples), 2 * count]. See `random_words`."""
-    return (random_words(seed, stream, index, samples, first, count) >> np.uint64(11)) * 2.0**-53
+def unit_interval(words: np.ndarray) -> np.ndarray:
+    """Random words uint64 as uniform numbers in [0, 1) with 53 random bits: float64 of the same shape."""
+    return (words >> np.uint64(11)) * 2.0**-53
 
 
 def philox(counter: np.ndarray, key: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@
 On the reference's `ipe_scale: 1.25` (our `stretch`): it makes every schedule 25 % longer than the run, so none reaches its end.
 The published V-JEPA 2 cooldown is meant to fall to 1e-6 and, with it, stops at 1.06e-4; the presets in configs/ use 1.0. Likewise
 the published ViT-L and ViT-H files say 10 epochs of 300 steps with a warmup of 12,000: such a run ends inside its warmup, at
-2.06e-4. The presets have the paper's 12,000 warmup + 228,000 constant steps, and a cooldown of 12,000 (arXiv 2506.09985, section 2).
+2.06e-4. The presets have the paper's 12,000 warmup + 228,000 constant steps, and a cooldown of 12,000 (arXiv 2506.09985).
 """
 
 import math

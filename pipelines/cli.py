@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines import config as schema
+from pipelines import presets
 from pipelines.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, JepaError, UsageError
 from pipelines.progress import Reporter
 
@@ -94,7 +95,7 @@ def _run(arguments: list[str], reporter: Reporter) -> int:
     if "-h" in rest or "--help" in rest:
         print(_help(name, verb))
         return EXIT_OK
-    config = schema.load(verb.options, name, overrides(verb, [item for item in rest if item != "--dry-run"]))
+    config = presets.load(verb.options, name, overrides(verb, [item for item in rest if item != "--dry-run"]))
     if "--dry-run" in rest:
         print(_dry_run(name, verb, config))
         return EXIT_OK
@@ -149,9 +150,9 @@ def _overview() -> str:
 
 
 def _help(name: str, verb: Verb) -> str:
-    presets = ", ".join(schema.preset_names(name)) or "none"
+    names = ", ".join(presets.preset_names(name)) or "none"
     doc = (verb.options.__doc__ or "").strip()
-    return "\n".join([doc, "", f"presets: {presets}  (smoke=true takes a preset's small twin)", "", *_options(verb.options)])
+    return "\n".join([doc, "", f"presets: {names}  (smoke=true takes a preset's small twin)", "", *_options(verb.options)])
 
 
 def _options(options: type) -> list[str]:
@@ -172,7 +173,7 @@ def _dry_run(name: str, verb: Verb, config: Any) -> str:
             values.append(f"{value or '(default)'} ({key})")
         return ", ".join(values) or "nothing"
 
-    text = schema.to_yaml(config).rstrip()
+    text = presets.to_yaml(config).rstrip()
     return f"{text}\n# jepa {name} would read: {uris(verb.reads)}\n# jepa {name} would write: {uris(verb.writes)}"
 
 

@@ -30,6 +30,8 @@ from pipelines.progress import Reporter
 ENTRIES = {"encoder": ENCODER, "target_encoder": TARGET_ENCODER, "ema_encoder": TARGET_ENCODER, "predictor": PREDICTOR}
 """Entries of official files; distilled V-JEPA 2.1 files call the teacher ema_encoder."""
 CLASSIFIERS = "classifiers"
+BARE = "patch_embed.proj.weight"
+"""A file with this key on top is the state dict of an encoder and nothing else, as timm publishes I-JEPA."""
 EPOCH = "epoch"
 """The official loaders of evaluation and of action-conditioned training ask for it."""
 UNREADABLE = (
@@ -133,7 +135,9 @@ def _read_vjepa2(uri: str, config: ConvertConfig) -> ModelFolder:
 
 
 def _load_checkpoint(uri: str) -> dict[str, Any]:
-    """The dictionary in a .pt file. No code from the file runs."""
+    """The dictionary in a .pt file, or timm's bare state dict of an encoder as "encoder". No code from the file runs."""
+    if uri.endswith(".safetensors"):
+        return {"encoder": model_folder.load_tensors(uri)}
     with _local_file(uri) as path:
         if not zipfile.is_zipfile(path):
             raise InputRefused(f"{uri} is no whole .pt file (its table of contents is missing): truncated, or something else")
@@ -150,7 +154,7 @@ def _load_checkpoint(uri: str) -> dict[str, Any]:
             ) from error
     if not isinstance(checkpoint, dict):
         raise InputRefused(f"{uri} holds a {type(checkpoint).__name__}, not the dictionary of an official checkpoint")
-    return checkpoint
+    return {"encoder": checkpoint} if BARE in checkpoint else checkpoint
 
 
 @contextlib.contextmanager

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import ray_session
-from pipelines.config import DemoConfig, load
+from pipelines.config import DemoConfig
 from pipelines.errors import InputRefused, UsageError
+from pipelines.presets import load
 from pipelines.progress import Reporter
 
 MARKER = "demo.json"

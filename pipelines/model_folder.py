@@ -25,6 +25,8 @@ UNUSED = "unused.safetensors"
 FILES = (*(f"{part}.safetensors" for part in PARTS), UNUSED)
 """Everything but model.json."""
 FORMAT = "jepa-model"
+RUN = "jepa-run"
+"""Formats that a source is called by."""
 VERSION = 1
 _SECTIONS = {
     "encoder": EncoderConfig,
@@ -65,13 +67,18 @@ class ModelFolder:
         return "action" if ACTION_PREDICTOR in self.parts else PROBE if PROBE in self.parts else "pretraining"
 
 
+def is_model(uri: str) -> bool:
+    """Whether a folder is a model folder, and not a run."""
+    return storage.exists(storage.join(storage.normalize(uri), MODEL))
+
+
 def read(uri: str) -> ModelFolder:
     """A model folder, or the newest committed checkpoint of a run folder; every key and shape is checked.
 
     Raises InputRefused for a folder that is neither, and for one that is damaged.
     """
     uri = storage.normalize(uri)
-    if storage.exists(storage.join(uri, MODEL)):
+    if is_model(uri):
         model = _read_folder(uri)
     elif run_folder.is_run(uri):
         model = _read_run(uri)
@@ -179,7 +186,7 @@ def _read_folder(uri: str) -> ModelFolder:
 
 def _read_run(uri: str) -> ModelFolder:
     checkpoint = run_folder.require_checkpoint(uri)
-    source = {"format": "jepa-run", "uri": uri, "step": checkpoint.step}
+    source = {"format": RUN, "uri": uri, "step": checkpoint.step}
     weights_file, config_file = (storage.join(uri, name) for name in _POST_TRAINED_ENCODER)
     if not storage.exists(config_file):
         run = _typed(PretrainConfig, run_folder.read_config(uri), uri)

@@ -13,7 +13,7 @@ from jepa_core.encoder import VisionTransformer
 from jepa_core.objective import action_losses, latent_l1, normalize_targets
 from jepa_core.poses import compose, deltas
 from jepa_core.positions import Grid
-from pipelines import pretrain, ray_session, run_folder, storage
+from pipelines import model_folder, pretrain, ray_session, run_folder, storage
 from pipelines.config import PostTrainConfig, PretrainConfig
 from pipelines.errors import InputRefused
 from pipelines.progress import Reporter
@@ -76,6 +76,9 @@ class PostTraining(nn.Module):
 class PostTrainTask:
     """The stage as the training loop sees it (pipelines.train.Task)."""
 
+    exports = (PREDICTOR,)
+    leaves_unused = False
+
     def __init__(self, config: PostTrainConfig, device: torch.device) -> None:
         self.device = device
         encoder, source = load_frozen_encoder(config.run.dir)
@@ -93,21 +96,20 @@ class PostTrainTask:
     def after_step(self, step: int) -> None:
         """Nothing follows a step."""
 
-    def exports(self) -> dict[str, dict[str, Tensor]]:
-        """The predictor under the official names."""
-        return {PREDICTOR: self.module.predictor.state_dict()}
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """A predictor starts from fresh weights."""
 
 
 def run(config: PostTrainConfig, reporter: Reporter) -> dict[str, Any]:
     """Train to `train.steps`, then measure rollouts. Returns the last losses."""
     config = replace(config, encoder=storage.normalize(config.encoder), trajectories=storage.normalize(config.trajectories),
                      run=replace(config.run, dir=storage.normalize(config.run.dir)))  # fmt: skip
-    source = pretrain.config_of(config.encoder)
-    checkpoint = run_folder.require_checkpoint(config.encoder)
+    frozen = pretrain.load_encoder(config.encoder)
+    source = frozen[1]
     start = run_folder.begin(config.run, config)
     with ray_session.session(config.ray):
         if start == 0:
-            _freeze_encoder(checkpoint, source, config.run.dir)
+            _freeze_encoder(*frozen, config.run.dir)
         if start < config.train.steps:
             _fit(config, source, reporter)
         if run_folder.read_json(config.run.dir, run_folder.RESULT) is None:
@@ -193,12 +195,11 @@ def _config_of(run_dir: str) -> PostTrainConfig:
         raise InputRefused(f"{run_dir} is not a post-training run: {str(error).splitlines()[0]}") from error
 
 
-def _freeze_encoder(checkpoint: run_folder.Checkpoint, source: PretrainConfig, run_dir: str) -> None:
-    """Copy the target encoder into the run once: the run stands alone, and no checkpoint repeats it."""
-    weights = storage.join(checkpoint.uri, f"{pretrain.TARGET_ENCODER}.safetensors")
-    storage.write_bytes(storage.join(run_dir, ENCODER_FILE), storage.read_bytes(weights))
+def _freeze_encoder(encoder: VisionTransformer, source: PretrainConfig, run_dir: str) -> None:
+    """Copy the encoder into the run once: the run stands alone, and no checkpoint repeats it."""
     from omegaconf import OmegaConf
 
+    model_folder.save_tensors(storage.join(run_dir, ENCODER_FILE), encoder.state_dict())
     run_folder.write_json(run_dir, ENCODER_CONFIG, OmegaConf.to_container(OmegaConf.structured(source)))
 
 

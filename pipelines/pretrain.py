@@ -2,37 +2,42 @@
 the rest.
 """
 
+import io
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+from jepa_core import weights
+from jepa_core.config import ClipConfig, PredictorConfig, PretrainModelConfig
 from jepa_core.encoder import VisionTransformer, clip_grid
 from jepa_core.masks import draw_masks
 from jepa_core.optimization import ema_update
 from jepa_core.positions import Grid
 from jepa_core.pretraining import MaskIds, Pretraining
 from jepa_core.schedules import context_weight, ema_momentum
-from pipelines import catalog, ray_session, run_folder, storage
+from jepa_core.weights import ENCODER, PREDICTOR, TARGET_ENCODER
+from pipelines import catalog, model_folder, ray_session, run_folder, storage
 from pipelines.columns import SAMPLE
 from pipelines.config import PretrainConfig
 from pipelines.errors import InputRefused
 from pipelines.progress import Reporter
 
-TARGET_ENCODER = "target_encoder"
-ENCODER = "encoder"
-PREDICTOR = "predictor"
-
 
 class PretrainTask:
     """The stage as the training loop sees it (pipelines.train.Task)."""
+
+    exports = (ENCODER, TARGET_ENCODER, PREDICTOR)
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.grid = clip_grid(config.clip, config.model.encoder)
         self.module = Pretraining(config.model).to(device)
+        tokens = config.model.predictor.num_mask_tokens
+        self.leaves_unused = config.model.encoder.image_tokenizer or tokens > len(config.model.masks)
 
     def tensors(self, rows: dict[str, Any], step: int) -> tuple[Tensor, Grid, list[MaskIds], float]:
         """Batch and masks on the device. Masks come from the sample numbers: nothing about them travels."""
@@ -51,9 +56,10 @@ class PretrainTask:
         momentum = ema_momentum(step, self.config.train.steps, self.config.optim)
         ema_update(self.module.target_encoder, self.module.encoder, momentum)
 
-    def exports(self) -> dict[str, dict[str, Tensor]]:
-        """Student, teacher and predictor under the official names."""
-        return {name: getattr(self.module, name).state_dict() for name in (ENCODER, TARGET_ENCODER, PREDICTOR)}
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """Start from the weights of `init`, and from its optimizer's moments where it is a run."""
+        if self.config.init:
+            start_from(self.module, optimizer, self.config.init)
 
 
 def run(config: PretrainConfig, reporter: Reporter) -> dict[str, Any]:
@@ -76,15 +82,62 @@ def pinned(config: PretrainConfig) -> PretrainConfig:
     if ref.version is None and run_folder.latest_checkpoint(run_dir) is not None:
         before = catalog.parse_ref(run_folder.read_config(run_dir)["catalog"])
         ref = before if before.uri == ref.uri else ref
-    return replace(config, catalog=str(catalog.pin(ref)), run=replace(config.run, dir=run_dir))
+    init = storage.normalize(config.init) if config.init else None
+    return replace(config, catalog=str(catalog.pin(ref)), init=init, run=replace(config.run, dir=run_dir))
 
 
-def load_encoder(run_dir: str) -> tuple[VisionTransformer, PretrainConfig]:
-    """The target encoder of a pretraining run, in eval mode, with the configuration it was trained under."""
-    config = config_of(run_dir)
+def start_from(module: Pretraining, optimizer: torch.optim.Optimizer, uri: str) -> None:
+    """Load student, teacher and predictor of a run or model folder; where it has one encoder, both start from it.
+
+    Raises InputRefused listing the keys that do not fit.
+    """
+    model = model_folder.read(uri)
+    if model.source.get("format") == model_folder.RUN:
+        from pipelines.train import load_state
+
+        checkpoint = run_folder.require_checkpoint(uri)
+        state = storage.read_bytes(storage.join(checkpoint.uri, run_folder.STATE))
+        state = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
+        try:
+            load_state(module, optimizer, state)
+        except (RuntimeError, ValueError) as error:
+            raise InputRefused(f"init={uri} does not fit model: {str(error).splitlines()[0]}") from error
+        return
+    encoder = model.parts.get(ENCODER, model.parts.get(TARGET_ENCODER))
+    wanted = {ENCODER: encoder, TARGET_ENCODER: model.parts.get(TARGET_ENCODER, encoder), PREDICTOR: model.parts.get(PREDICTOR)}
+    for name, state in wanted.items():
+        part = getattr(module, name)
+        if state is None:
+            raise InputRefused(f"init={uri} holds no {name}, only {', '.join(model.parts)}")
+        try:
+            weights.check(name, state, {key: value.shape for key, value in part.state_dict().items()})
+        except ValueError as error:
+            raise InputRefused(f"init={uri} does not fit model.{name}: {error}") from error
+        set_model_state_dict(part, state, options=StateDictOptions(full_state_dict=True))
+
+
+def load_encoder(uri: str) -> tuple[VisionTransformer, PretrainConfig]:
+    """The frozen encoder of a pretraining run or a model folder (the teacher, if there is one), in eval mode, and its training's
+    configuration. Raises InputRefused for anything else, and for a model folder that does not say how large its clips are.
+    """
+    config = model_config(uri) if model_folder.is_model(uri) else config_of(uri)
+    parts = model_folder.read(uri).parts
+    state = parts.get(TARGET_ENCODER, parts.get(ENCODER))
+    if state is None:
+        raise InputRefused(f"{uri} holds no encoder, only {', '.join(parts)}")
     encoder = VisionTransformer(config.model.encoder).eval().requires_grad_(False)
-    encoder.load_state_dict(run_folder.load_weights(run_folder.require_checkpoint(run_dir), TARGET_ENCODER))
+    encoder.load_state_dict(state)
     return encoder, config
+
+
+def model_config(uri: str) -> PretrainConfig:
+    """What a model folder tells about pretraining: shapes and clips; the rest are defaults."""
+    model = model_folder.read(uri)
+    if model.config.encoder is None or model.clip.crop_size is None:
+        raise InputRefused(f"{uri} does not say the size of its clips: convert it again with crop_size=256 num_frames=16")
+    clip = ClipConfig(model.clip.num_frames or ClipConfig.num_frames, model.clip.fps or ClipConfig.fps, model.clip.crop_size)
+    shapes = PretrainModelConfig(model.config.encoder, model.config.predictor or PredictorConfig())
+    return PretrainConfig(catalog=uri, clip=clip, model=shapes)
 
 
 def config_of(run_dir: str) -> PretrainConfig:

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipelines import storage
-from pipelines.config import RunConfig, to_yaml
+from pipelines.config import RunConfig
 from pipelines.errors import InputRefused, UsageError
+from pipelines.presets import to_yaml
 
 CONFIG = "config.yaml"
 PROVENANCE = "provenance.json"
@@ -42,6 +43,8 @@ FREE_TO_CHANGE = (
         "train.num_workers",
         "train.cpus_per_worker",
         "train.use_gpu",
+        "train.parallel",
+        "train.compile",
         "train.checkpoint_every",
     ),
     *("train.keep_checkpoints", "train.log_every", "train.max_failures"),

@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines import catalog, pretrain, ray_session, run_folder, storage
-from pipelines.config import PretrainConfig, RunConfig, SweepConfig, load
+from pipelines.config import PretrainConfig, RunConfig, SweepConfig
 from pipelines.errors import JepaError, Retryable
+from pipelines.presets import load
 from pipelines.progress import Reporter
 
 TRIALS = "trials"

@@ -21,11 +21,14 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from jepa_core.config import OptimConfig
 from jepa_core.objective import feature_std, rank_me
-from jepa_core.optimization import autocast, make_optimizer, set_rates
+from jepa_core.optimization import autocast, compile_blocks, make_optimizer, set_rates, shard
 from jepa_core.pretraining import FEATURES
 from jepa_core.schedules import learning_rate, weight_decay
 from pipelines import run_folder, storage
@@ -37,6 +40,7 @@ from pipelines.relay import Relay
 
 Rows = dict[str, np.ndarray]
 COLLECTIVE_TIMEOUT_S = 300
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHOWN = ("loss", "trivial", "clips_per_s", "data_wait")
 """Numbers beside the progress bar."""
@@ -56,8 +60,14 @@ class Task(Protocol):
         """Called after each optimizer step, e.g. for the EMA of the target encoder."""
         ...
 
-    def exports(self) -> dict[str, dict[str, Tensor]]:
-        """Weights for others to load: file stem -> tensors, written as safetensors beside the state."""
+    exports: tuple[str, ...]
+    """Children of the module that others load: each is written as safetensors beside the state, under its own names."""
+
+    leaves_unused: bool
+    """Whether a step may leave parameters without a gradient, which DDP has to be told."""
+
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called before the first step of a run that has no checkpoint, e.g. to start from the weights of another run."""
         ...
 
 
@@ -140,9 +150,17 @@ def train_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(loop.train.cpus_per_worker)))
     torch.manual_seed(loop.seed)  # the same initial weights on every rank
     task = loop.make_task(device)
+    if world > 1 and loop.train.parallel == "fsdp":
+        shard(task.module, init_device_mesh(device.type, (world,)))
     optimizer = make_optimizer([task.module], loop.optim)
     start = _restore(task, optimizer)
-    model = DistributedDataParallel(task.module) if world > 1 else task.module
+    if not start:
+        task.begin(optimizer)
+    if loop.train.compile:
+        compile_blocks(task.module)
+    model = task.module
+    if world > 1 and loop.train.parallel == "ddp":
+        model = DistributedDataParallel(task.module, find_unused_parameters=task.leaves_unused)
 
     log = _Log(loop, rank, start)
     per_rank = loop.train.batch_size // world
@@ -155,6 +173,7 @@ def train_worker(config: dict[str, Any]) -> None:
         loss.backward()
         limit = loop.optim.clip_grad or float("inf")
         norm = nn.utils.clip_grad_norm_([p for p in task.module.parameters() if p.grad is not None], limit)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         task.after_step(step)
@@ -214,15 +233,16 @@ class _Log:
 
 
 def _checkpoint(task: Task, optimizer: torch.optim.Optimizer, done: int, rank: int) -> None:
-    """Report a checkpoint; every rank must take part, only rank 0 writes (DDP replicas are equal)."""
+    """Report a checkpoint; every rank must take part, only rank 0 writes: whole tensors by name, sharded or not."""
+    module, optimizer_state = get_state_dict(task.module, optimizer, options=WHOLE)
     if rank != 0:
         ray.train.report({"step": done})
         return
     folder = tempfile.mkdtemp(prefix="jepa-checkpoint-")
-    state = {"module": task.module.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
-    torch.save(state, Path(folder) / run_folder.STATE)
-    for stem, tensors in task.exports().items():
-        save_file({key: value.contiguous() for key, value in tensors.items()}, Path(folder) / f"{stem}.safetensors")
+    torch.save({"module": module, "optimizer": optimizer_state, "step": done}, Path(folder) / run_folder.STATE)
+    for stem in task.exports:
+        part = {key.removeprefix(f"{stem}."): value for key, value in module.items() if key.startswith(f"{stem}.")}
+        save_file({key: value.contiguous() for key, value in part.items()}, Path(folder) / f"{stem}.safetensors")
     ray.train.report(
         {"step": done},
         checkpoint=ray.train.Checkpoint.from_directory(folder),
@@ -237,9 +257,13 @@ def _restore(task: Task, optimizer: torch.optim.Optimizer) -> int:
         return 0
     with checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / run_folder.STATE, map_location="cpu", weights_only=True)
-    task.module.load_state_dict(state["module"])
-    optimizer.load_state_dict(state["optimizer"])
+    load_state(task.module, optimizer, state)
     return int(state["step"])
+
+
+def load_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Weights and optimizer moments of a checkpoint, into a module that may be sharded."""
+    set_state_dict(module, optimizer, model_state_dict=state["module"], optim_state_dict=state["optimizer"], options=WHOLE)
 
 
 def _refuse_non_finite(loss: Tensor, rows: Rows, step: int) -> None:

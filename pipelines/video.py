@@ -155,7 +155,7 @@ def tubelets(frames: np.ndarray, depth: int = TUBELET_SIZE, side: int = PATCH_SI
 
 
 def frame_patches(frames: np.ndarray, side: int = PATCH_SIZE) -> np.ndarray:
-    """Cut frames uint8 [T, S, S, 3] into patches [T*(S/side)^2, side*side*3]: still frames, to be doubled in time on embedding."""
+    """Cut frames uint8 [T, S, S, 3] into patches [T*(S/side)^2, side*side*3]: still frames, for the embedding to double."""
     return tubelets(frames, 1, side)
 
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import jepa
 
 from pipelines import config as schema
+from pipelines import presets
 from pipelines.cli import VERBS, overrides
 from pipelines.errors import UsageError
 
@@ -26,15 +27,15 @@ REQUIRED = {
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_preset_loads_and_has_a_smoke_twin(verb):
-    for name in schema.preset_names(verb):
+    for name in presets.preset_names(verb):
         for twin in ([], ["smoke=true"]):
             given = [item for item in REQUIRED[verb] if not item.startswith("train.steps")]
-            schema.load(VERBS[verb].options, verb, [f"preset={name}", *twin, *given])
+            presets.load(VERBS[verb].options, verb, [f"preset={name}", *twin, *given])
 
 
 @pytest.mark.parametrize("verb", ["pretrain", "sweep", "post-train", "plan", "record"])
 def test_verbs_that_need_a_recipe_ship_one(verb):
-    assert schema.preset_names(verb)
+    assert presets.preset_names(verb)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_verbs_that_need_a_recipe_ship_one(verb):
 )
 def test_mistakes_are_named_with_their_fix(override, words):
     with pytest.raises(UsageError) as caught:
-        schema.load(schema.PretrainConfig, "pretrain", [*REQUIRED["pretrain"], *override.split()])
+        presets.load(schema.PretrainConfig, "pretrain", [*REQUIRED["pretrain"], *override.split()])
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -68,11 +69,11 @@ def test_mistakes_are_named_with_their_fix(override, words):
 
 def test_missing_values_are_named():
     with pytest.raises(UsageError, match="catalog is missing: give catalog=VALUE"):
-        schema.load(schema.PretrainConfig, "pretrain", ["preset=demo"])
+        presets.load(schema.PretrainConfig, "pretrain", ["preset=demo"])
 
 
 def test_overrides_win_over_smoke_over_preset_over_defaults():
-    load = lambda *more: schema.load(schema.PretrainConfig, "pretrain", ["preset=demo", *REQUIRED["pretrain"][:2], *more])  # noqa: E731
+    load = lambda *more: presets.load(schema.PretrainConfig, "pretrain", ["preset=demo", *REQUIRED["pretrain"][:2], *more])  # noqa: E731
     assert load().clip.num_frames == 8
     assert load().clip.flip is True
     assert load("smoke=true").clip.num_frames == 4
@@ -84,7 +85,7 @@ def test_overrides_win_over_smoke_over_preset_over_defaults():
 def test_a_preset_can_be_a_file_of_the_users(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("seed: 7\n")
-    assert schema.load(schema.PretrainConfig, "pretrain", [f"preset={path}", *REQUIRED["pretrain"]]).seed == 7
+    assert presets.load(schema.PretrainConfig, "pretrain", [f"preset={path}", *REQUIRED["pretrain"]]).seed == 7
 
 
 def test_help_dry_run_and_mistakes_import_neither_torch_nor_ray():
@@ -130,7 +131,7 @@ def written_commands() -> list[str]:
 @pytest.mark.parametrize("command", written_commands())
 def test_written_commands_are_valid(command):
     verb, *arguments = command.split()[1:]
-    schema.load(VERBS[verb].options, verb, overrides(VERBS[verb], arguments))
+    presets.load(VERBS[verb].options, verb, overrides(VERBS[verb], arguments))
 
 
 def test_every_preset_says_paper_expectation_and_command():

@@ -10,8 +10,8 @@ from conftest import jepa
 
 from pipelines import pretrain, run_folder
 from pipelines.cli import VERBS
-from pipelines.config import load
 from pipelines.errors import InputRefused, UsageError
+from pipelines.presets import load
 from pipelines.robot.panda import headless_gl
 
 pytestmark = [

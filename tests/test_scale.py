@@ -1,4 +1,4 @@
-"""Ready for scale: compilation without graph breaks, checkpointing, construction without memory, DDP and FSDP2, a golden trace."""
+"""Ready for scale: compilation without graph breaks, checkpointing, the meta device, DDP and FSDP2, a golden trace."""
 
 import json
 import os

@@ -13,8 +13,9 @@ import pytest
 from conftest import events, jepa
 
 from pipelines import pretrain, run_folder
-from pipelines.config import PretrainConfig, load
+from pipelines.config import PretrainConfig
 from pipelines.errors import InputRefused, UsageError
+from pipelines.presets import load
 
 pytestmark = pytest.mark.ray
 

@@ -245,7 +245,7 @@ def print_memory(name: str, case: Case, reference: str | None) -> None:
 
 
 def share_of_products(step: Step, device: str) -> float:
-    """Share of a step's operator time that linear layers' matrix products take: what no other arrangement of the rest can save."""
+    """Share of a step's operator time in the linear layers' products: what no other arrangement of the rest can save."""
     from torch.profiler import profile
 
     with profile() as profiler:
@@ -275,8 +275,9 @@ def run_case(case: Case, options: argparse.Namespace) -> None:
     inputs = make_inputs(case)
     kept = ", ".join(f"{m.context.shape[1]}+{m.target.shape[2]}" for m in inputs.masks)
     linear, attention = matrix_flops(case, inputs)
-    print(f"\n{case.size}, {case.frames} frames of {case.crop} px, batch {case.batch}, bf16, {case.device}: {case.grid.num_tokens} "
-          f"tokens, context+target {kept}, {linear / 1e12:.3f} TFLOP linear + {attention / 1e12:.3f} attention", flush=True)  # fmt: skip
+    print(f"\n{case.size}, {case.frames} frames of {case.crop} px, batch {case.batch}, bf16, {case.device}")
+    print(f"  {case.grid.num_tokens} tokens, context+target {kept}; {linear / 1e12:.3f} TFLOP in linear layers, "
+          f"{attention / 1e12:.3f} in attention", flush=True)  # fmt: skip
     steps = {name: make_step(name, case, options.reference) for name in names}
     for step in steps.values():  # the first steps allocate and compile
         step()
@@ -297,7 +298,7 @@ def run_case(case: Case, options: argparse.Namespace) -> None:
             verdict = "met" if ratio <= options.goal else "not met"
             share = share_of_products(steps["ours"], case.device) * ratio
             print(
-                f"  {'':16} goal {options.goal}: {verdict}; the linear layers' products alone take {share:.2f} of the {base}'s step"
+                f"  {'':16} goal {options.goal}: {verdict}; the products of linear layers alone: {share:.2f} of the {base}'s step"
             )
         if case.device == "cuda":
             print(f"  {'':16} model FLOPs utilisation {(linear + attention) / wall / options.peak_tflops / 1e12:.1%} "

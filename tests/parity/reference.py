@@ -170,7 +170,7 @@ def classifier(weights: Weights, tokens: Tensor, depth: int, heads: int, eps: fl
 
 
 def encoder_v2_1(weights: Weights, clip: Tensor, depth: int, heads: int, shape: Shape, levels: tuple[int, ...]) -> Tensor:
-    """V-JEPA 2.1: images [B, 3, 1, H, W] have their own embedding, each level its own norm; levels side by side on the features."""
+    """V-JEPA 2.1: images [B, 3, 1, H, W] have their own embedding, each level a norm; levels side by side."""
     image = clip.shape[2] == 1
     x = embed(weights, clip, "patch_embed_img.proj" if image else "patch_embed.proj")
     x = x + weights["img_mod_embed" if image else "video_mod_embed"]

@@ -55,7 +55,7 @@ def official(path: Path, parts: dict, prefix: str = "module.backbone.", names: d
 
 def run(reporter, source, destination, from_format, to_format, *options) -> dict:
     arguments = [f"source={source}", f"destination={destination}", f"from_format={from_format}", f"to_format={to_format}"]
-    from pipelines.config import load
+    from pipelines.presets import load
 
     return convert.run(load(ConvertConfig, "convert", [*arguments, *options]), reporter)
 
@@ -548,7 +548,8 @@ def test_destinations_are_never_overwritten(tmp_path, reporter):
 
 def test_a_pretraining_run_becomes_a_transformers_folder(tmp_path, reporter):
     from pipelines import run_folder
-    from pipelines.config import PretrainConfig, load, to_yaml
+    from pipelines.config import PretrainConfig
+    from pipelines.presets import load, to_yaml
 
     options = ["catalog=a", f"run.dir={tmp_path}/run", "train.steps=1", "model.encoder.dim=96", "model.encoder.depth=2",
                "model.encoder.heads=4", "model.predictor.dim=48", "model.predictor.depth=2", "model.predictor.heads=4",
@@ -574,7 +575,8 @@ def test_a_pretraining_run_becomes_a_transformers_folder(tmp_path, reporter):
 
 def test_a_post_training_run_becomes_an_official_file(tmp_path, reporter):
     from pipelines import post_train, run_folder
-    from pipelines.config import PostTrainConfig, PretrainConfig, load, to_yaml
+    from pipelines.config import PostTrainConfig, PretrainConfig
+    from pipelines.presets import load, to_yaml
 
     before = load(PretrainConfig, "pretrain", ["catalog=a", "run.dir=b", "train.steps=1", "model.encoder.dim=96",
                                                "model.encoder.depth=2", "model.encoder.heads=4"])  # fmt: skip

@@ -1,4 +1,4 @@
-"""jepa_core against implementations of somebody else's with the same random weights, in float32: `transformers`, and timm's I-JEPA.
+"""jepa_core against implementations of somebody else's with the same random weights, in float32: transformers, timm.
 
 Weights go through jepa_core.weights, so the maps of `jepa convert` are tested by numbers too.
 """
