@@ -90,17 +90,17 @@ def test_versions_that_do_not_exist_are_usage_errors(catalog_uri):
 def test_a_file_that_vanishes_or_breaks_after_ingest_is_replaced_by_the_rule_and_recorded(tmp_path, ray_session, reporter):
     import json
 
-    from jepa_core.config import ClipConfig
+    from jepa_core.config import ClipConfig, EncoderConfig
     from pipelines.clips import sample_clip
 
     folder = make_corpus(tmp_path / "in")
     run(folder, tmp_path / "cat", reporter)
     videos = catalog.read_videos(catalog.parse_ref(str(tmp_path / "cat")))
     clip = ClipConfig(num_frames=4, fps=5.0, crop_size=32)
-    healthy = [sample_clip(videos, n, clip, 0, 5) for n in range(12)]
+    healthy = [sample_clip(videos, n, clip, EncoderConfig(), 0, 5) for n in range(12)]
     (folder / "good1.mp4").unlink()
     shutil.copy(folder / "text.mp4", folder / "good2.mp4")
-    damaged = [sample_clip(videos, n, clip, 0, 12) for n in range(12)]
+    damaged = [sample_clip(videos, n, clip, EncoderConfig(), 0, 12) for n in range(12)]
     for before, after in zip(healthy, damaged, strict=True):
         failures = json.loads(str(after["failures"])) if str(after["failures"]) else []
         if str(before["uri"]).endswith("good0.mp4"):
@@ -112,4 +112,4 @@ def test_a_file_that_vanishes_or_breaks_after_ingest_is_replaced_by_the_rule_and
             assert str(after["uri"]).endswith("good0.mp4")
     with pytest.raises(InputRefused, match="do not decode"):
         for n in range(40):
-            sample_clip(videos, n, clip, 0, 0)
+            sample_clip(videos, n, clip, EncoderConfig(), 0, 0)

@@ -135,3 +135,39 @@ def test_more_workers_than_cpus_is_a_usage_error(catalog_uri, reporter, tmp_path
 def test_provenance_names_code_and_versions(unbroken):
     facts = json.loads((unbroken / "provenance.json").read_text())
     assert {"ray", "torch", "timm", "av"} <= facts["versions"].keys()
+
+
+def test_sharded_training_equals_ddp_and_continues_unsharded(unbroken, catalog_uri, reporter, tmp_path):
+    """FSDP2 on two workers, then the same run in one process: the checkpoint holds whole tensors by name."""
+    run_dir = tmp_path / "run"
+    pretrain.run(settings(catalog_uri, run_dir, "train.steps=8", "train.num_workers=2", "train.parallel=fsdp"), reporter)
+    for sharded, whole in zip(lines_of(run_dir), lines_of(unbroken), strict=True):
+        keys = ("step", "loss", "grad_norm", "lr", "feature_std")
+        assert [sharded[key] for key in keys] == pytest.approx([whole[key] for key in keys], rel=1e-4)
+    pretrain.run(settings(catalog_uri, run_dir, "train.steps=9", "train.num_workers=0"), reporter)
+    assert [line["step"] for line in lines_of(run_dir)] == list(range(1, 10))
+
+
+def test_a_run_starts_from_another_run_or_from_a_converted_model(unbroken, catalog_uri, reporter, tmp_path):
+    """Without learning, what comes out of one step is what `init` held."""
+    from pipelines import convert, model_folder
+    from pipelines.config import ConvertConfig
+
+    ours, official = str(tmp_path / "ours"), str(tmp_path / "official.pt")
+    for way in (("jepa", "vjepa2", str(unbroken), official), ("vjepa2", "jepa", official, ours)):
+        heads = {"heads": 2, "predictor_heads": 2} if way[0] == "vjepa2" else {}
+        convert.run(ConvertConfig(*way, **heads), reporter)
+    before = model_folder.read(str(unbroken)).parts
+    still = ("optim.lr=0.0", "optim.start_lr=0.0", "optim.final_lr=0.0", "optim.ema=1.0", "train.steps=1", "train.num_workers=0")
+    for name, init in (("from-run", unbroken), ("from-model", ours)):
+        pretrain.run(settings(catalog_uri, tmp_path / name, f"init={init}", *still), reporter)
+        after = model_folder.read(str(tmp_path / name)).parts
+        assert after.keys() == before.keys()
+        assert all((after[part][key] == value).all() for part, state in before.items() for key, value in state.items())
+    with pytest.raises(InputRefused, match=r"init=.*does not fit model.*"):
+        more = (f"init={ours}", "model.encoder.dim=96", "train.num_workers=0", "train.steps=1")
+        pretrain.run(settings(catalog_uri, tmp_path / "unfit", *more), reporter)
+
+
+def lines_of(run_dir: Path) -> list[dict]:
+    return run_folder.read_parts(str(run_dir), run_folder.METRICS)

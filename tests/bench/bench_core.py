@@ -68,7 +68,7 @@ def make_inputs(case: Case) -> Inputs:
     return Inputs(tubelets.to(case.device), ((clip / 255 - mean) / std).to(case.device), masks)
 
 
-def ours(case: Case, inputs: Inputs, *, compiled: bool = False) -> Step:
+def ours(case: Case, inputs: Inputs, *, compiled: bool = False, update: bool = True) -> Step:
     torch.manual_seed(0)
     encoder = encoder_config(case.size, activation_checkpointing=case.checkpointing)
     model = Pretraining(PretrainModelConfig(encoder, PredictorConfig(), MASKS)).to(case.device)
@@ -80,9 +80,10 @@ def ours(case: Case, inputs: Inputs, *, compiled: bool = False) -> Step:
         with autocast(torch.device(case.device), torch.bfloat16):
             loss, _ = model(inputs.tubelets, case.grid, inputs.masks)
         loss.backward()
-        optimizer.step()
+        if update:
+            optimizer.step()
+            ema_update(model.target_encoder, model.encoder, 0.999)
         optimizer.zero_grad(set_to_none=True)
-        ema_update(model.target_encoder, model.encoder, 0.999)
         return loss.detach()
 
     return step
@@ -237,11 +238,24 @@ def print_memory(name: str, case: Case, reference: str | None) -> None:
     step = make_step(name, case, reference)
     for _ in range(2):
         step()
-    if case.device == "cuda":
-        print(torch.cuda.max_memory_allocated() / 2**20)
-    else:
-        status = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent that this process was forked from
-        print(int(status.split("VmHWM:")[1].split()[0]) / 2**10)
+    print(peak_mb(case.device))
+
+
+def peak_mb(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent that this process was forked from
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+
+
+def one_step(size: str, options: argparse.Namespace) -> None:
+    """Does a large model fit? One step at batch 1 with activation checkpointing, and what it took."""
+    case = Case(size, 256, 16, 1, options.device, checkpointing=True)
+    step = ours(case, make_inputs(case), update=options.update)
+    cpu, wall = timed(step, options.device)
+    what = "full optimizer step" if options.update else "forward and backward"
+    print(f"{size}, 16 frames of 256 px, batch 1, bf16, checkpointing, {what}: {wall:.0f} s wall, {cpu:.0f} s CPU, "
+          f"peak {peak_mb(options.device) / 1024:.1f} GiB")  # fmt: skip
 
 
 def share_of_products(step: Step, device: str) -> float:
@@ -324,12 +338,17 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print where the time of our step goes")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--no-transformers", dest="transformers", action="store_false")
+    parser.add_argument("--one-step", metavar="SIZE", help="instead: time and memory of one step of a large model, e.g. vit_huge")
+    parser.add_argument("--no-update", dest="update", action="store_false", help="with --one-step: forward and backward only")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory_of:
         print_memory(options.memory_of, Case(*json.loads(options.case)), options.reference)
+        return
+    if options.one_step:
+        one_step(options.one_step, options)
         return
     print(f"torch {torch.__version__}, {options.threads} threads, {options.rounds} interleaved rounds, medians", flush=True)
     for size in options.sizes.split(","):
