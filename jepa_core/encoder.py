@@ -67,7 +67,7 @@ def _pixel_statistics(pixels: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """What matrix products are computed in: autocast's type where it is on, else the weight's."""
+    """What products with a weight [D, P] are computed in: autocast's type where it is on, else the weight's."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 

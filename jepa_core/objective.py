@@ -20,7 +20,7 @@ def normalize_targets(features: Tensor, levels: int = 1) -> Tensor:
 
 
 def latent_l1(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute difference, in float32, over every axis."""
+    """Mean absolute difference of predictions and targets [..., D], in float32, over every axis."""
     return (prediction.float() - target).abs().mean()
 
 

@@ -336,7 +336,10 @@ def to_transformers(parts: Mapping[str, State]) -> State:
 
 
 def from_transformers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, State]:
-    """The way back: parts under our names, exact. Raises ValueError listing what is missing, unexpected or wrongly shaped."""
+    """The way back: a state dict of theirs to those of our parts, exact.
+
+    Raises ValueError listing what is missing, unexpected or wrongly shaped.
+    """
     # The first published converter wrote attention.attention.query.
     theirs = {key.replace(".attention.attention.", ".attention."): tensor for key, tensor in state.items()}
     wanted = [part for part in _TRANSFORMERS if part != PROBE or config.probe]

@@ -1,6 +1,7 @@
 """The arrows of the architecture, and bans that keep its rooms clear."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,20 @@ def test_only_storage_speaks_to_object_stores():
 def test_decode_and_submit_start_without_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def public_tensor_functions() -> list[tuple[str, str]]:
+    """(where, docstring) of every public function or method of jepa_core that takes or gives a tensor."""
+    found = []
+    for path in sorted((ROOT / "jepa_core").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                annotations = [a.annotation for a in node.args.args + node.args.kwonlyargs] + [node.returns]
+                if any("Tensor" in ast.unparse(a) for a in annotations if a is not None):
+                    found.append((f"{path.name}:{node.name}", ast.get_docstring(node) or ""))
+    return found
+
+
+@pytest.mark.parametrize(("where", "doc"), public_tensor_functions(), ids=lambda value: value.split("\n")[0][:40])
+def test_public_tensor_functions_give_shapes(where, doc):
+    assert re.search(r"\[[A-Z.\d]|state|scalar", doc), f"{where}: say the shapes of its tensors"

@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import shutil
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -26,6 +28,7 @@ GRID = Grid(2, 3, 4)
 CONFIG = PretrainModelConfig(EncoderConfig(48, 2, 2), PredictorConfig(48, 2, 2), [MaskConfig(), MaskConfig()])
 GOLDEN = Path(__file__).parent / "golden_trace.json"
 STEPS = 20
+CAN_COMPILE = bool(shutil.which("g++")) and (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
 
 
 def checkpointed(config: PretrainModelConfig) -> PretrainModelConfig:
@@ -97,6 +100,7 @@ def test_encoder_and_predictor_compile_without_graph_breaks(dtype):
             torch.testing.assert_close(compiled, eager, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.skipif(not CAN_COMPILE, reason="torch.compile on a CPU needs a C++ compiler and Python's headers")
 def test_compiled_blocks_train_like_eager_ones():
     eager, compiled = make_model(), make_model()
     compile_blocks(compiled)
