@@ -61,18 +61,18 @@ def _pieces(rows: int, tokens: int, itemsize: int) -> list[slice]:
 
 
 def _weights(q: Tensor, k: Tensor, out: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)): [r, N, d] twice -> [r, N, N]."""
-    scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
-    return torch.softmax(scores, dim=-1, out=out)
+    """softmax(q k^T): [r, N, d] twice, the queries scaled already -> [r, N, N]."""
+    return torch.softmax(torch.bmm(q, k.transpose(1, 2)), dim=-1, out=out)
 
 
 @torch.library.custom_op("jepa_core::attention_in_pieces", mutates_args=())
 def _in_pieces(qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, N, 3, H, d] -> output [B, N, H*d], and for the backward pass: rotated heads [3, R, N, d], weights [R, N, N] or none."""
+    """[B, N, 3, H, d] -> output [B, N, H*d], and for the backward pass: turned heads [3, R, N, d], weights [R, N, N] or none."""
     batch, tokens, _, heads, width = qkv.shape
     turned = qkv.permute(2, 0, 3, 1, 4).contiguous()
     if rope is not None:
         turned[:2] = rotate(turned[:2], rope)
+    turned[0].mul_(width**-0.5)  # here, and not on N x N scores
     q, k, v = turned.flatten(1, 2)
     rows = batch * heads
     kept = q.new_empty(rows if tokens <= KEPT_TOKENS else 0, tokens, tokens)
@@ -95,9 +95,10 @@ def _in_pieces_backward(grad: Tensor, turned: Tensor, kept: Tensor, rope: Tensor
         weights = kept[piece] if len(kept) else _weights(q[piece], k[piece])
         torch.bmm(weights.transpose(1, 2), grad[piece], out=grads[2, piece])
         by_weights = torch.bmm(grad[piece], v[piece].transpose(1, 2))
-        by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype).mul_(width**-0.5)
+        by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
         torch.bmm(by_scores, k[piece], out=grads[0, piece])
         torch.bmm(by_scores.transpose(1, 2), q[piece], out=grads[1, piece])
+    grads[0].mul_(width**-0.5)
     grads = grads.unflatten(1, (-1, heads))
     if rope is not None:
         cos, sin = rope.chunk(2, dim=-1)
