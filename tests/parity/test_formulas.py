@@ -26,6 +26,8 @@ from jepa_core.predictor import MaskedPredictor
 from jepa_core.pretraining import MaskIds, Pretraining
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+LR = 5.25e-4
+"""The published learning rate."""
 HEADS = [(128, 2), (160, 2), (64, 2)]
 """Widths and heads: heads of 64, of 80 (13 frequencies a part, odd) and of 32 channels (5, odd)."""
 
@@ -187,7 +189,7 @@ def test_twenty_steps_follow_the_reference():
     trained.pop("predictor.mask_tokens.1").requires_grad_(False)  # no clip group uses it, so the reference never moves it
     decay = [0.04 if value.ndim != 1 and "bias" not in key else 0.0 for key, value in trained.items()]
     moments: list[dict] = [{} for _ in trained]
-    optimizer = make_optimizer([model.encoder, model.predictor], OptimConfig(lr=1e-3, weight_decay=0.04))
+    optimizer = make_optimizer([model.encoder, model.predictor], OptimConfig(lr=LR, weight_decay=0.04))
     sizes, shape, grid = {"encoder": (2, 2), "predictor": (2, 2)}, (2, 3, 4), Grid(2, 3, 4)
     for step in range(1, 21):
         clip = torch.randn(3, 3, 4, 48, 64)
@@ -200,7 +202,7 @@ def test_twenty_steps_follow_the_reference():
         ema_update(model.target_encoder, model.encoder, 0.99)
         expected = reference.pretraining_loss(plain, clip, masks, sizes, shape)
         expected.backward()
-        reference.adamw(list(trained.values()), moments, step, 1e-3, decay)
+        reference.adamw(list(trained.values()), moments, step, LR, decay)
         with torch.no_grad():
             for key, value in plain["target_encoder"].items():
                 value.mul_(0.99).add_(plain["encoder"][key], alpha=0.01)
