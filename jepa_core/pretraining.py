@@ -74,12 +74,8 @@ class Pretraining(nn.Module):
             loss, hidden = self._mask_loss(clip, grid, mask, target, token, image, context_weight)
             losses.append(loss)
             trivial.append(mean_predictor_l1(hidden))
-            for part, ids, valid in (
-                ("context", mask.context, mask.context_valid),
-                ("target", mask.target[0], mask.target_valid),
-            ):
-                share = ids.shape[1] if valid is None else valid.float().sum() / valid.shape[:-1].numel()
-                numbers[f"{part}_ratio_{index}"] = share / grid.num_tokens
+            numbers[f"context_ratio_{index}"] = _mean_length(mask.context, mask.context_valid) / grid.num_tokens
+            numbers[f"target_ratio_{index}"] = _mean_length(mask.target, mask.target_valid) / grid.num_tokens
         tokens = features[..., -self.config.encoder.dim :].flatten(0, 1)
         numbers |= {"trivial": torch.stack(trivial).mean(), FEATURES: tokens[:: max(1, len(tokens) // HEALTH_TOKENS)]}
         return torch.stack(losses).mean(), numbers
@@ -87,20 +83,15 @@ class Pretraining(nn.Module):
     def _mask_loss(
         self, clip: Tensor, grid: Grid, mask: MaskIds, target: Tensor, token: int, image: bool, context_weight: float
     ) -> tuple[Tensor, Tensor]:
-        """(loss, hidden targets [G*B, M, D]) of one mask type."""
+        """(loss, hidden targets [R, M, D] without padding) of one mask type."""
         context = self.encoder(clip, grid, mask.context, mask.context_valid, self.levels)
         groups = len(mask.target)
         context_ids, context_valid = mask.context, mask.context_valid
-        target_ids, target_valid = (
-            mask.target.flatten(0, 1),
-            None if mask.target_valid is None else mask.target_valid.flatten(0, 1),
-        )
+        target_ids = mask.target.flatten(0, 1)
+        target_valid = None if mask.target_valid is None else mask.target_valid.flatten(0, 1)
         if groups > 1:  # I-JEPA: every target block is predicted alone, from the same context
-            context, target, context_ids = (
-                context.repeat(groups, 1, 1),
-                target.repeat(groups, 1, 1),
-                context_ids.repeat(groups, 1),
-            )
+            context, target = context.repeat(groups, 1, 1), target.repeat(groups, 1, 1)
+            context_ids = context_ids.repeat(groups, 1)
             context_valid = None if context_valid is None else context_valid.repeat(groups, 1)
         valid = None
         if context_valid is not None or target_valid is not None:
@@ -116,4 +107,9 @@ class Pretraining(nn.Module):
             visible = gather_tokens(target, context_ids)
             # Multiplied even by 0, so that DDP finds a gradient for the context projection in every step.
             loss = loss + context_weight * latent_loss(seen, visible, self.config.loss.kind, context_valid, weight)
-        return loss, hidden
+        return loss, hidden if target_valid is None else hidden[target_valid].unsqueeze(0)
+
+
+def _mean_length(ids: Tensor, valid: Tensor | None) -> float | Tensor:
+    """Mean number of real entries of rows [..., K]."""
+    return ids.shape[-1] if valid is None else valid.sum(dim=-1, dtype=torch.float32).mean()

@@ -106,6 +106,10 @@ def run(config: PostTrainConfig, reporter: Reporter) -> dict[str, Any]:
                      run=replace(config.run, dir=storage.normalize(config.run.dir)))  # fmt: skip
     frozen = pretrain.load_encoder(config.encoder)
     source = frozen[1]
+    if source.model.encoder.patch_size != PATCH_SIZE:
+        raise InputRefused(
+            f"{config.encoder} has patches of {source.model.encoder.patch_size} pixels, post-training cuts {PATCH_SIZE}"
+        )
     start = run_folder.begin(config.run, config)
     with ray_session.session(config.ray):
         if start == 0:
