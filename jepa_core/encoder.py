@@ -54,7 +54,8 @@ class TubeletEmbed(nn.Module):
         mean, scale = _pixel_statistics(values // 3, tubelets.device)
         dtype = compute_dtype(weight)
         weight = (weight * scale).to(dtype)
-        bias = self.proj.bias - weight.to(mean.dtype) @ mean  # of the rounded weight: the same constant that the product carries
+        # Of the rounded weight, the same constant that the product carries; not as a product, which autocast would round.
+        bias = self.proj.bias - (weight.to(mean.dtype) * mean).sum(dim=-1)
         return F.linear(tubelets.to(dtype) - MIDDLE, weight, bias.to(dtype))
 
 
