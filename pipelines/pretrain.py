@@ -2,7 +2,6 @@
 the rest.
 """
 
-import io
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -95,11 +94,8 @@ def start_from(module: Pretraining, optimizer: torch.optim.Optimizer, uri: str) 
     if model.source.get("format") == model_folder.RUN:
         from pipelines.train import load_state
 
-        checkpoint = run_folder.require_checkpoint(uri)
-        state = storage.read_bytes(storage.join(checkpoint.uri, run_folder.STATE))
-        state = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
         try:
-            load_state(module, optimizer, state)
+            load_state(module, optimizer, run_folder.read_state(run_folder.require_checkpoint(uri)))
         except (RuntimeError, ValueError) as error:
             raise InputRefused(f"init={uri} does not fit model: {str(error).splitlines()[0]}") from error
         return

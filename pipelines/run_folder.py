@@ -205,6 +205,11 @@ def read_json(run_dir: str, name: str) -> Any | None:
     return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
 
 
+def read_state(checkpoint: Checkpoint) -> bytes:
+    """The file that training continues from."""
+    return storage.read_bytes(storage.join(checkpoint.uri, STATE))
+
+
 def load_weights(checkpoint: Checkpoint, stem: str) -> dict[str, Any]:
     """Tensors of a checkpoint's `<stem>.safetensors` by name."""
     from safetensors.torch import load

@@ -4,6 +4,7 @@ A stage brings a `Task` (module, loss, exports) and a dataset; the loop brings s
 metrics, checkpoints and exact resume. One block of the dataset is one worker's batch of one step, in order.
 """
 
+import io
 import json
 import shutil
 import tempfile
@@ -153,7 +154,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if world > 1 and loop.train.parallel == "fsdp":
         shard(task.module, init_device_mesh(device.type, (world,)))
     optimizer = make_optimizer([task.module], loop.optim)
-    start = _restore(task, optimizer)
+    start = _restore(task, optimizer, loop)
     if not start:
         task.begin(optimizer)
     if loop.train.compile:
@@ -251,19 +252,21 @@ def _checkpoint(task: Task, optimizer: torch.optim.Optimizer, done: int, rank: i
     )
 
 
-def _restore(task: Task, optimizer: torch.optim.Optimizer) -> int:
+def _restore(task: Task, optimizer: torch.optim.Optimizer, loop: Loop) -> int:
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / run_folder.STATE, map_location="cpu", weights_only=True)
-    load_state(task.module, optimizer, state)
-    return int(state["step"])
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            return load_state(task.module, optimizer, (Path(folder) / run_folder.STATE).read_bytes())
+    # Without a worker group Ray Train knows of no earlier checkpoint.
+    found = run_folder.latest_checkpoint(loop.run_dir) if loop.train.num_workers == 0 else None
+    return load_state(task.module, optimizer, run_folder.read_state(found)) if found else 0
 
 
-def load_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Weights and optimizer moments of a checkpoint, into a module that may be sharded."""
+def load_state(module: nn.Module, optimizer: torch.optim.Optimizer, content: bytes) -> int:
+    """Weights and optimizer moments of a checkpoint's state file, into a module that may be sharded. Returns its step."""
+    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     set_state_dict(module, optimizer, model_state_dict=state["module"], optim_state_dict=state["optimizer"], options=WHOLE)
+    return int(state["step"])
 
 
 def _refuse_non_finite(loss: Tensor, rows: Rows, step: int) -> None:
