@@ -21,7 +21,7 @@ from jepa_core.schedules import context_weight, ema_momentum
 from jepa_core.weights import ENCODER, PREDICTOR, TARGET_ENCODER
 from pipelines import catalog, model_folder, ray_session, run_folder, storage
 from pipelines.columns import SAMPLE
-from pipelines.config import PretrainConfig
+from pipelines.config import PretrainConfig, RunConfig, TrainConfig
 from pipelines.errors import InputRefused
 from pipelines.progress import Reporter
 
@@ -133,7 +133,7 @@ def model_config(uri: str) -> PretrainConfig:
         raise InputRefused(f"{uri} does not say the size of its clips: convert it again with crop_size=256 num_frames=16")
     clip = ClipConfig(model.clip.num_frames or ClipConfig.num_frames, model.clip.fps or ClipConfig.fps, model.clip.crop_size)
     shapes = PretrainModelConfig(model.config.encoder, model.config.predictor or PredictorConfig())
-    return PretrainConfig(catalog=uri, clip=clip, model=shapes)
+    return PretrainConfig(catalog=uri, run=RunConfig(dir=uri), clip=clip, model=shapes, train=TrainConfig(steps=0))
 
 
 def config_of(run_dir: str) -> PretrainConfig:

@@ -71,6 +71,26 @@ def test_the_encoder_stays_frozen_and_stands_in_the_run(folder):
     assert os.path.getsize(state) < 4 * sum(p.numel() * 4 for p in mine.parameters()), "no encoder in the checkpoints"
 
 
+def test_a_converted_encoder_is_post_trained_like_the_run_it_came_from(folder, reporter):
+    """Through an official file and back: the same encoder, so the same losses, to the last bit."""
+    run(
+        "convert", reporter, "from_format=jepa", "to_format=vjepa2", f"source={folder}/pretrain", f"destination={folder}/model.pt"
+    )
+    there = ["from_format=vjepa2", "to_format=jepa", f"source={folder}/model.pt", f"destination={folder}/model"]
+    run("convert", reporter, *there, "heads=2", "predictor_heads=2", "crop_size=64", "num_frames=4")
+    given = [f"trajectories={folder}/trajectories", f"encoder={folder}/model", "train.num_workers=0"]
+    run("post-train", reporter, "preset=demo", "smoke=true", *given, f"run.dir={folder}/post-train-converted")
+    losses = [[line["loss"] for line in run_folder.read_parts(f"{folder}/{name}", run_folder.METRICS)]
+              for name in ("post-train", "post-train-converted")]  # fmt: skip
+    assert losses[0] == losses[1]
+    run("post-train", reporter, "preset=demo", "smoke=true", *given, f"run.dir={folder}/released", "rollout_variant=released")
+    released = run_folder.read_parts(f"{folder}/released", run_folder.METRICS)
+    assert (
+        released[0]["teacher_forcing"] == run_folder.read_parts(f"{folder}/post-train", run_folder.METRICS)[0]["teacher_forcing"]
+    )
+    assert released[0]["rollout"] != run_folder.read_parts(f"{folder}/post-train", run_folder.METRICS)[0]["rollout"]
+
+
 def test_planning_plays_every_agent_in_the_same_scenes(folder, reporter):
     result = run("plan", reporter, "preset=demo", "smoke=true", f"model={folder}/post-train", f"run.dir={folder}/plan")
     played = run_folder.read_json(f"{folder}/plan", run_folder.RESULT)
