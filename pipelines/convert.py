@@ -246,7 +246,7 @@ def _read_transformers(uri: str, config: ConvertConfig) -> ModelFolder:
     state = _load_shards(uri)
     shapes = _config_from_transformers(tree, state, uri)
     parts = weights.from_transformers(state, shapes)
-    encoder = config.encoder or ENCODER  # the published folders hold the student
+    encoder = config.encoder or ENCODER  # the published folders seem to hold the student (deduced, vjepa2 hub loaders read it)
     parts = {encoder if part == ENCODER else part: tensors for part, tensors in parts.items()}
     clip = ClipFormat(tree.get("frames_per_clip", 64), tree.get("crop_size", 256))
     return ModelFolder(shapes, parts, clip=clip, source={"format": "transformers", "uri": uri, "config": tree})
@@ -294,7 +294,7 @@ def _for_transformers(model: ModelFolder, config: ConvertConfig) -> ModelFolder:
     if config.encoder is None and len(present) > 1:
         raise UsageError(
             "the source holds a student and a teacher, a transformers folder one encoder: say encoder=encoder (the student; the "
-            "published folders hold it) or encoder=target_encoder (the teacher; the published evaluations use it)"
+            "published folders seem to hold it) or encoder=target_encoder (the teacher; the published evaluations use it)"
         )
     chosen = config.encoder or next(iter(present), ENCODER)
     if chosen not in present:
