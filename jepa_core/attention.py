@@ -16,6 +16,8 @@ CHUNK_BYTES = 4 << 20
 """Attention weights of one piece of rows: about what two cores keep in their share of the cache."""
 KEPT_TOKENS = 640
 """Up to here the weights are kept for the backward pass; beyond, they are computed again, as the fused kernel does."""
+FLOAT32_TOKENS = 640
+"""Beyond this length the fused kernel is faster in float32."""
 
 
 class Attention(nn.Module):
@@ -48,7 +50,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 def in_pieces_is_faster(qkv: Tensor) -> bool:
     """For qkv [B, N, 3, H, d]. Measured on CPUs with bf16 instructions: in bf16 at every length, in float32 for short rows."""
-    return qkv.device.type == "cpu" and (qkv.dtype == torch.bfloat16 or qkv.shape[1] <= KEPT_TOKENS)
+    return qkv.device.type == "cpu" and (qkv.dtype == torch.bfloat16 or qkv.shape[1] <= FLOAT32_TOKENS)
 
 
 def _swap_pairs(x: Tensor) -> Tensor:

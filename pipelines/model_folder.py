@@ -25,8 +25,6 @@ UNUSED = "unused.safetensors"
 FILES = (*(f"{part}.safetensors" for part in PARTS), UNUSED)
 """Everything but model.json."""
 FORMAT = "jepa-model"
-RUN = "jepa-run"
-"""Formats that a source is called by."""
 VERSION = 1
 _SECTIONS = {
     "encoder": EncoderConfig,
@@ -186,7 +184,7 @@ def _read_folder(uri: str) -> ModelFolder:
 
 def _read_run(uri: str) -> ModelFolder:
     checkpoint = run_folder.require_checkpoint(uri)
-    source = {"format": RUN, "uri": uri, "step": checkpoint.step}
+    source = {"format": "jepa-run", "uri": uri, "step": checkpoint.step}
     weights_file, config_file = (storage.join(uri, name) for name in _POST_TRAINED_ENCODER)
     if not storage.exists(config_file):
         run = _typed(PretrainConfig, run_folder.read_config(uri), uri)

@@ -35,8 +35,9 @@ class PretrainTask:
         self.config, self.device = config, device
         self.grid = clip_grid(config.clip, config.model.encoder)
         self.module = Pretraining(config.model).to(device)
-        tokens = config.model.predictor.num_mask_tokens
-        self.leaves_unused = config.model.encoder.image_tokenizer or tokens > len(config.model.masks)
+        predictor, masks = config.model.predictor, len(config.model.masks)
+        used = masks if predictor.mask_token_by == "mask" else 1  # noqa: S105, one clip length is one group
+        self.leaves_unused = config.model.encoder.image_tokenizer or (predictor.num_mask_tokens or masks) > used
 
     def tensors(self, rows: dict[str, Any], step: int) -> tuple[Tensor, Grid, list[MaskIds], float]:
         """Batch and masks on the device. Masks come from the sample numbers: nothing about them travels."""
@@ -90,8 +91,7 @@ def start_from(module: Pretraining, optimizer: torch.optim.Optimizer, uri: str) 
 
     Raises InputRefused listing the keys that do not fit.
     """
-    model = model_folder.read(uri)
-    if model.source.get("format") == model_folder.RUN:
+    if not model_folder.is_model(uri):
         from pipelines.train import load_state
 
         try:
@@ -99,6 +99,7 @@ def start_from(module: Pretraining, optimizer: torch.optim.Optimizer, uri: str) 
         except (RuntimeError, ValueError) as error:
             raise InputRefused(f"init={uri} does not fit model: {str(error).splitlines()[0]}") from error
         return
+    model = model_folder.read(uri)
     encoder = model.parts.get(ENCODER, model.parts.get(TARGET_ENCODER))
     wanted = {ENCODER: encoder, TARGET_ENCODER: model.parts.get(TARGET_ENCODER, encoder), PREDICTOR: model.parts.get(PREDICTOR)}
     for name, state in wanted.items():
@@ -116,8 +117,9 @@ def load_encoder(uri: str) -> tuple[VisionTransformer, PretrainConfig]:
     """The frozen encoder of a pretraining run or a model folder (the teacher, if there is one), in eval mode, and its training's
     configuration. Raises InputRefused for anything else, and for a model folder that does not say how large its clips are.
     """
-    config = model_config(uri) if model_folder.is_model(uri) else config_of(uri)
-    parts = model_folder.read(uri).parts
+    config = None if model_folder.is_model(uri) else config_of(uri)
+    model = model_folder.read(uri)
+    config, parts = config or model_config(model, uri), model.parts
     state = parts.get(TARGET_ENCODER, parts.get(ENCODER))
     if state is None:
         raise InputRefused(f"{uri} holds no encoder, only {', '.join(parts)}")
@@ -126,9 +128,8 @@ def load_encoder(uri: str) -> tuple[VisionTransformer, PretrainConfig]:
     return encoder, config
 
 
-def model_config(uri: str) -> PretrainConfig:
+def model_config(model: model_folder.ModelFolder, uri: str) -> PretrainConfig:
     """What a model folder tells about pretraining: shapes and clips; the rest are defaults."""
-    model = model_folder.read(uri)
     if model.config.encoder is None or model.clip.crop_size is None:
         raise InputRefused(f"{uri} does not say the size of its clips: convert it again with crop_size=256 num_frames=16")
     clip = ClipConfig(model.clip.num_frames or ClipConfig.num_frames, model.clip.fps or ClipConfig.fps, model.clip.crop_size)

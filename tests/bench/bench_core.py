@@ -312,7 +312,7 @@ def run_case(case: Case, options: argparse.Namespace) -> None:
         if name == "ours" and base != "ours":
             verdict = "met" if ratio <= options.goal else "not met"
             share = share_of_products(steps["ours"], case.device) * ratio
-            print(f"  {'':16} goal {options.goal}: {verdict}; its matrix products alone: {share:.2f} of the {base}'s step")
+            print(f"  {'':16} goal {options.goal}: {verdict}; its matrix products alone: {share:.2f} of a {base} step")
         if case.device == "cuda":
             print(f"  {'':16} model FLOPs utilisation {(linear + attention) / wall / options.peak_tflops / 1e12:.1%} "
                   f"of {options.peak_tflops} TFLOP/s")  # fmt: skip
