@@ -133,10 +133,32 @@ def clip_frames(pts_seconds: np.ndarray, num_frames: int, fps: float, u: float) 
     `pts_seconds` [F] are the presentation times of all frames, ascending; `u` in [0, 1) places the start. Times are physical:
     variable frame rates need no special case. A video shorter than the clip repeats its last frame.
     """
-    begin, end = float(pts_seconds[0]), float(pts_seconds[-1])
-    room = max(0.0, (end - begin) - (num_frames - 1) / fps)
-    times = begin + u * room + np.arange(num_frames) / fps
-    # The frame on screen at a time is the last one whose presentation has begun; half a microsecond absorbs rounding.
+    return frames_on_screen(pts_seconds, clip_times(np.array([[pts_seconds[0], pts_seconds[-1]]]), num_frames, fps, u))
+
+
+def clip_times(shots: np.ndarray, num_frames: int, fps: float, u: float) -> np.ndarray:
+    """Times float64 [num_frames] in seconds of a clip that lies within one shot.
+
+    `shots` [S, 2] are the times of each shot's first and last frame. `u` in [0, 1) places the start evenly over all places where
+    the whole clip fits into a shot. Where it fits nowhere, it begins with the longest shot and repeats its last frame.
+    """
+    rooms = np.maximum(0.0, (shots[:, 1] - shots[:, 0]) - (num_frames - 1) / fps)
+    if rooms.any():
+        ends = np.cumsum(rooms)
+        place = u * ends[-1]
+        shot = min(int(np.searchsorted(ends, place, side="right")), len(shots) - 1)
+        start = shots[shot, 0] + place - (ends[shot] - rooms[shot])
+    else:
+        shot = int(np.argmax(shots[:, 1] - shots[:, 0]))
+        start = shots[shot, 0]
+    return np.minimum(start + np.arange(num_frames) / fps, shots[shot, 1])
+
+
+def frames_on_screen(pts_seconds: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Index of the frame that is shown at each time: int64, the shape of `times`. `pts_seconds` [F] ascend.
+
+    It is the last frame whose presentation has begun; half a microsecond absorbs rounding.
+    """
     return np.clip(np.searchsorted(pts_seconds, times + 5e-7, side="right") - 1, 0, len(pts_seconds) - 1)
 
 

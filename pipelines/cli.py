@@ -7,10 +7,11 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from pipelines import config as schema
+from pipelines import ingest_config as ingest_schema
 from pipelines import presets
 from pipelines.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, JepaError, UsageError
 from pipelines.progress import Reporter
@@ -33,7 +34,27 @@ class Verb:
 
 VERBS = {
     "ingest": Verb(
-        schema.IngestConfig, "pipelines.ingest", "list and probe videos, write the catalog", ("source",), ("catalog",)
+        ingest_schema.IngestConfig,
+        "pipelines.ingest",
+        "list and probe videos, write the catalog",
+        ("source",),
+        ("catalog",),
+        flags=(("plan", "plan"),),
+    ),
+    "catalog": Verb(
+        ingest_schema.CatalogConfig,
+        "pipelines.catalog_verb",
+        "show, compare, check and tidy a catalog",
+        ("catalog",),
+        ("out",),
+        ("action", "catalog", "other"),
+    ),
+    "normalise": Verb(
+        ingest_schema.NormaliseConfig,
+        "pipelines.normalise",
+        "re-encode a catalog into shards that decode fast",
+        ("catalog",),
+        ("out",),
     ),
     "pretrain": Verb(
         schema.PretrainConfig, "pipelines.pretrain", "masked latent prediction on a catalog", ("catalog",), ("run.dir",)
@@ -114,14 +135,22 @@ def overrides(verb: Verb, arguments: Sequence[str]) -> list[str]:
             if flag not in flags:
                 known = ", ".join(f"--{name}" for name in (*flags, "help", "dry-run"))
                 raise UsageError(f"unknown option {word}: options are written key=value; flags are {known}")
-            if not equals and not words:
+            if _is_switch(verb.options, flags[flag]):
+                words.insert(0, value if equals else "true")
+            elif equals:
+                words.insert(0, value)
+            if not words:
                 raise UsageError(f"{word} needs a value: write {word} VALUE")
-            settings.append(f"{flags[flag]}={value if equals else words.pop(0)}")
+            settings.append(f"{flags[flag]}={words.pop(0)}")
         elif places and "=" not in word.split("/", 1)[0]:  # a path may hold = further down
             settings.append(f"{places.pop(0)}={word}")
         else:
             settings.append(word)
     return settings
+
+
+def _is_switch(options: type, name: str) -> bool:
+    return {field.name: field.type for field in fields(options)}[name] in (bool, "bool")
 
 
 def _fail(reporter: Reporter, message: str, code: int) -> int:

@@ -1,6 +1,7 @@
 """Ray Data's part of pretraining: sample numbers in, decoded uint8 tubelets out, one block per worker and step."""
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import ray
 import ray.data
 
 from jepa_core.config import ClipConfig, EncoderConfig
-from jepa_core.sampling import Stream, clip_frames, crop_box, generator, video_of_sample
-from pipelines import storage
+from jepa_core.sampling import Stream, clip_times, crop_box, frames_on_screen, generator, video_of_sample
+from pipelines import catalog, storage
+from pipelines.catalog_schema import CatalogRef
 from pipelines.columns import FAILURES, SAMPLE
 from pipelines.config import DataConfig
 from pipelines.errors import InputRefused
@@ -18,10 +20,14 @@ from pipelines.video import VideoRefused, decode_clip, tubelets
 
 TUBELETS = "tubelets"
 """uint8 [B, N, P], P values of a tubelet (1536 for 2x16x16 pixels)"""
-COLUMNS = ("uri", "stream", "width", "height", "time_base_num", "time_base_den", "pts")
+COLUMNS = (
+    *("uri", "offset", "size", "etag", "stream", "width", "height", "time_base_num", "time_base_den", "start_pts", "end_pts"),
+    *("fps", "cuts", "index_pack", "index_offset", "index_directory"),
+)
 
 
 def clip_dataset(
+    ref: CatalogRef,
     videos: pa.Table,
     clip: ClipConfig,
     encoder: EncoderConfig,
@@ -30,8 +36,9 @@ def clip_dataset(
     first_sample: int,
     data: DataConfig,
 ) -> ray.data.Dataset:
-    """Decoded training clips. `videos` are catalog rows in order; they travel once, through the object store."""
+    """Decoded training clips. `videos` are the catalog's rows in order; they travel once, through the object store."""
     kwargs = {
+        "ref": ref,
         "videos": ray.put(videos.select(list(COLUMNS))),
         "clip": clip,
         "encoder": encoder,
@@ -46,6 +53,7 @@ def clip_dataset(
 def decode_batch(
     batch: dict[str, np.ndarray],
     *,
+    ref: CatalogRef,
     videos: Any,
     clip: ClipConfig,
     encoder: EncoderConfig,
@@ -55,12 +63,12 @@ def decode_batch(
 ) -> dict[str, np.ndarray]:
     """One worker's batch: columns sample [B], tubelets [B, N, P], uri [B], failures [B]. Pure in its arguments."""
     table = ray.get(videos)
-    rows = [sample_clip(table, int(n) + first_sample, clip, encoder, seed, max_replacements) for n in batch["id"]]
+    rows = [sample_clip(ref, table, int(n) + first_sample, clip, encoder, seed, max_replacements) for n in batch["id"]]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def sample_clip(
-    videos: pa.Table, n: int, clip: ClipConfig, encoder: EncoderConfig, seed: int, max_replacements: int
+    ref: CatalogRef, videos: pa.Table, n: int, clip: ClipConfig, encoder: EncoderConfig, seed: int, max_replacements: int
 ) -> dict[str, Any]:
     """Sample n, decoded and cut. A video that fails is recorded and replaced by the rule of `video_of_sample`.
 
@@ -70,14 +78,15 @@ def sample_clip(
     for attempt in range(max_replacements + 1):
         row = video_of_sample(seed, n, videos.num_rows, attempt)
         try:
-            uri, frames = _decode(videos, row, n, attempt, clip, seed)
+            uri, frames = _decode(ref, videos, row, clip, generator(seed, Stream.CLIP, n, attempt))
         except VideoRefused as refusal:
             uri = videos["uri"][row].as_py()
             failures.append({"sample": n, "uri": uri, "reason": refusal.reason, "detail": refusal.detail, "attempt": attempt})
             continue
         except InputRefused as error:
             uri = videos["uri"][row].as_py()
-            failures.append({"sample": n, "uri": uri, "reason": "vanished", "detail": str(error), "attempt": attempt})
+            reason = "changed" if isinstance(error, storage.ObjectChanged) else "vanished"
+            failures.append({"sample": n, "uri": uri, "reason": reason, "detail": str(error), "attempt": attempt})
             continue
         return {
             SAMPLE: np.int64(n),
@@ -89,13 +98,28 @@ def sample_clip(
     raise InputRefused(f"sample {n} and its {max_replacements} replacements do not decode: {tried}; ingest the catalog again")
 
 
-def _decode(videos: pa.Table, row: int, n: int, attempt: int, clip: ClipConfig, seed: int) -> tuple[str, np.ndarray]:
-    entry = {name: videos[name][row] for name in COLUMNS}
-    pts = entry["pts"].values.to_numpy()
-    rng = generator(seed, Stream.CLIP, n, attempt)
-    time_base = entry["time_base_num"].as_py() / entry["time_base_den"].as_py()
-    frames = clip_frames(pts * time_base, clip.num_frames, clip.fps, float(rng.random()))
-    crop = crop_box(entry["width"].as_py(), entry["height"].as_py(), clip, rng)
-    uri = entry["uri"].as_py()
-    with storage.open_file(uri) as file:
-        return uri, decode_clip(file, entry["stream"].as_py(), pts[frames], crop, clip.crop_size)
+def _decode(ref: CatalogRef, videos: pa.Table, row: int, clip: ClipConfig, rng: np.random.Generator) -> tuple[str, np.ndarray]:
+    entry = {name: videos[name][row].as_py() for name in COLUMNS}
+    pts = clip_pts(ref, entry, clip.num_frames, clip.fps, float(rng.random()))
+    crop = crop_box(entry["width"], entry["height"], clip, rng)
+    with storage.open_file(entry["uri"], offset=entry["offset"], size=entry["size"], etag=entry["etag"]) as file:
+        return entry["uri"], decode_clip(file, entry["stream"], pts, crop, clip.crop_size)
+
+
+def clip_pts(ref: CatalogRef, entry: dict[str, Any], num_frames: int, fps: float, u: float) -> np.ndarray:
+    """Presentation times int64 [num_frames] of the frames of one clip, read from the slice of the packet index that it needs."""
+    seconds = entry["time_base_num"] / entry["time_base_den"]
+    times = clip_times(shots(entry) * seconds, num_frames, fps, u)
+    # One unit more on each side: rounding must not lose the frame on screen at the first time, or at the last.
+    first, last = math.floor(times[0] / seconds) - 1, math.ceil(times[-1] / seconds) + 1
+    pts = catalog.shown_between(ref, entry, max(first, entry["start_pts"]), last)
+    return pts[frames_on_screen(pts * seconds, times)]
+
+
+def shots(entry: dict[str, Any]) -> np.ndarray:
+    """First and last frame of each shot, int64 [S, 2] in pts: a whole video where no cuts were looked for."""
+    cuts = np.array(entry["cuts"] or [], dtype=np.int64)
+    frame = round(entry["time_base_den"] / (entry["time_base_num"] * entry["fps"])) if entry["fps"] else 1
+    starts = np.concatenate([[entry["start_pts"]], cuts])
+    ends = np.concatenate([np.maximum(cuts - frame, starts[:-1]), [entry["end_pts"]]])
+    return np.stack([starts, ends], axis=1)

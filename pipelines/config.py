@@ -74,30 +74,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class IngestConfig:
-    """jepa ingest: list, probe, write the catalog."""
-
-    source: str = MISSING
-    catalog: str = MISSING
-    suffixes: list[str] = field(
-        default_factory=lambda: [
-            ".mp4",
-            ".mkv",
-            ".webm",
-            ".mov",
-            ".avi",
-            ".m4v",
-            ".mpg",
-            ".mpeg",
-            ".ogv",
-            ".ts",
-            ".gif",
-        ]
-    )
-    ray: RayConfig = field(default_factory=RayConfig)
-
-
-@dataclass(frozen=True)
 class PretrainConfig:
     """jepa pretrain: masked latent prediction on the clips of a catalog."""
 
@@ -114,7 +90,7 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
-    def validate(self) -> None:
+    def check(self) -> None:
         """Numbers that do not fit together, found before anything starts."""
         _check_clip(self.clip, self.model.encoder.tubelet_size, self.model.encoder.patch_size)
         _check_train(self.train)
@@ -165,7 +141,7 @@ class SweepConfig:
     run: RunConfig = field(default_factory=RunConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
-    def validate(self) -> None:
+    def check(self) -> None:
         """A sweep needs at least two things to compare."""
         if len(self.masks) < 2:
             raise UsageError(f"masks has {len(self.masks)} entries: a sweep compares at least two, see configs/sweep/")
@@ -228,7 +204,7 @@ class PostTrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
-    def validate(self) -> None:
+    def check(self) -> None:
         """A rollout cannot be longer than the clip."""
         _check_train(self.train)
         _check_heads("predictor", self.predictor.dim, self.predictor.heads)
@@ -297,7 +273,7 @@ class ConvertConfig:
     allow_different_probe: bool = False
     """Write a probe although transformers would compute it with another epsilon or other heads."""
 
-    def validate(self) -> None:
+    def check(self) -> None:
         """Options that say nothing under these formats would be misunderstood if they were taken."""
         if self.encoder and "transformers" not in (self.from_format, self.to_format):
             raise UsageError(f"encoder={self.encoder} chooses the one encoder of a transformers folder: neither side is one")

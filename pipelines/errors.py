@@ -32,3 +32,13 @@ class Retryable(JepaError):
     """Something outside failed (network, object store, a lost worker): the same command may succeed later."""
 
     exit_code = 75
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """The first error of ours in a chain that Ray has wrapped around what a task raised; the error itself when there is none."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, JepaError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return error

@@ -41,8 +41,8 @@ def load(schema: type[T], verb: str, overrides: Sequence[str]) -> T:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
     except OmegaConfBaseException as error:
         raise UsageError(_explain(error, schema)) from error
-    if hasattr(config, "validate"):
-        config.validate()
+    if hasattr(config, "check"):
+        config.check()
     return config
 
 

@@ -153,16 +153,16 @@ def _fit(config: PretrainConfig, reporter: Reporter) -> None:
     from pipelines import train
     from pipelines.clips import clip_dataset
 
-    videos = catalog.read_videos(catalog.parse_ref(config.catalog))
+    ref = catalog.parse_ref(config.catalog)
+    videos = catalog.read_videos(ref)
     if not videos.num_rows:
         raise InputRefused(f"{config.catalog} holds no video: ingest a source with readable files first")
     workers = max(1, config.train.num_workers)
 
     def dataset(first_step: int) -> Any:
         blocks = train.numbered_blocks(first_step, config.train.steps, config.train.batch_size, workers)
-        return clip_dataset(
-            videos, config.clip, config.model.encoder, config.seed, blocks, first_step * config.train.batch_size, config.data
-        )
+        first = first_step * config.train.batch_size
+        return clip_dataset(ref, videos, config.clip, config.model.encoder, config.seed, blocks, first, config.data)
 
     if config.ray.address is None:
         train.check_slots(config.train)

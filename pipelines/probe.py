@@ -100,17 +100,18 @@ def _robot_frames(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
 
 def _video_thirds(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
     """One clip from the first third (gallery) and one from the last third (query) of each video."""
-    videos = catalog.read_videos(catalog.parse_ref(config.catalog)).slice(0, probe.max_items)
+    ref = catalog.parse_ref(config.catalog)
+    videos = catalog.read_videos(ref).slice(0, probe.max_items)
     halves: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for entry in videos.to_pylist():
-        pts = np.array(entry["pts"])
+        pts = catalog.frame_times(ref, entry)
         times = pts * entry["time_base_num"] / entry["time_base_den"]
         crop = centre_crop(entry["width"], entry["height"])
         third = len(pts) // 3
         if third < 1:
             continue
         try:
-            with storage.open_file(entry["uri"]) as file:
+            with storage.open_file(entry["uri"], offset=entry["offset"], size=entry["size"], etag=entry["etag"]) as file:
                 clips = [_clip(file, entry, pts[part], times[part], crop, config) for part in (slice(third), slice(-third, None))]
         except VideoRefused:
             continue  # a probe may leave a video out; training may not, and there it is a quarantine row

@@ -135,7 +135,8 @@ def mask_examples(run_dir: str) -> list[Picture]:
     from pipelines.clips import TUBELETS, sample_clip
 
     config = pretrain.config_of(run_dir)
-    videos = catalog.read_videos(catalog.parse_ref(config.catalog))
+    ref = catalog.parse_ref(config.catalog)
+    videos = catalog.read_videos(ref)
     if not videos.num_rows:
         raise InputRefused(f"{config.catalog} holds no video")
     grid = pretrain.clip_grid(config.clip, config.model.encoder)
@@ -147,7 +148,7 @@ def mask_examples(run_dir: str) -> list[Picture]:
     ]
     pictures = []
     for n in shown:
-        sample = sample_clip(videos, n, config.clip, config.model.encoder, config.seed, config.data.max_replacements)
+        sample = sample_clip(ref, videos, n, config.clip, config.model.encoder, config.seed, config.data.max_replacements)
         frames = figures.clip_frames(sample[TUBELETS], grid, config.model.encoder.patch_size)
         parts = [("the clip", figures.image(figures.strip(frames, grid), f"frames of sample {n}"))]
         for index, mask in enumerate(drawn):

@@ -1,39 +1,31 @@
-"""The one module that talks to object stores and file systems.
+"""The one module that talks to object stores and file systems, with storage_s3 for the requests to S3.
 
 A URI is a local path, `file:///path` or `s3://bucket/key`. Endpoint, region and credentials of S3 come from the standard
-AWS_* variables and profiles. Reads and writes go through fsspec (s3fs for S3), because its reader survives cut and
-stalled bodies; Ray Train is handed a pyarrow file system, Delta Lake an options dictionary, all made here.
+AWS_* variables and profiles. Transient failures are tried again until a deadline, and then raised as Retryable; bytes are
+verified (see storage_s3). Ray Train is handed a pyarrow file system, Delta Lake an options dictionary, all made here.
 """
 
 import contextlib
+import errno
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import IO, Any
 
+from pipelines import storage_s3
+from pipelines.block_reader import BlockReader
 from pipelines.errors import InputRefused, Retryable, UsageError
+from pipelines.storage_s3 import COUNTERS, ObjectChanged, ObjectInfo, Operation
+from pipelines.storage_s3 import retrying as retrying
 
-# s3fs' default block of 50 MiB moves 100 MB for one clip of a long file; 1 MiB moves 2-4 MB in 4-7 requests.
-READ_BLOCK_BYTES = 1 << 20
-CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 20
-MAX_ATTEMPTS = 6
-
-
-# The AWS libraries' newer default, checksums in trailers, is refused by older S3-compatible stores (Ceph 16: HTTP 411). Read by
-# boto3, s3fs and Arrow alike; set here so that every process that touches storage has it.
-os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-
-
-@dataclass(frozen=True)
-class ObjectInfo:
-    """One stored object: its URI, size in bytes, and a tag that changes when its bytes do."""
-
-    uri: str
-    size: int
-    etag: str
+LOCAL_PAGE = 10_000
+CHECK_DEADLINE_S = 15.0
+PARTIAL = ".part"
+"""Suffix of local files that are being written; never listed."""
 
 
 def is_s3(uri: str) -> bool:
@@ -61,75 +53,173 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[ObjectInfo]:
+def counters() -> dict[str, int]:
+    """What this process did since `reset_counters`: requests (S3) or range reads (local), bytes_read, retries."""
+    return dict(COUNTERS.values)
+
+
+def reset_counters() -> None:
+    """Set all counters to 0."""
+    COUNTERS.reset()
+
+
+def age_hours(info: ObjectInfo) -> float:
+    """Hours since the object was written, by this machine's clock."""
+    return (time.time() - info.modified) / 3600
+
+
+def list_files(uri: str, suffixes: Sequence[str] = (), *, missing_ok: bool = False) -> list[ObjectInfo]:
     """Every file below `uri`, recursively, in order of URI; `suffixes` (lower case, with dot) keeps some.
 
-    Raises InputRefused when the folder or bucket does not exist.
+    Raises InputRefused when the folder or bucket does not exist, unless `missing_ok`.
+    """
+    try:
+        return sorted((info for page in list_pages(uri, suffixes) for info in page), key=lambda info: info.uri)
+    except InputRefused:
+        if missing_ok:
+            return []
+        raise
+
+
+def list_pages(uri: str, suffixes: Sequence[str] = ()) -> Iterator[list[ObjectInfo]]:
+    """The files of `list_files` in pages, as they arrive and in no promised order; `uri` may also name one file.
+
+    Raises InputRefused, UsageError, Retryable, at the first page or a later one.
     """
     uri = normalize(uri)
-    filesystem, path = _open_filesystem(uri)
-    with _explained(uri):
-        if not is_s3(uri) and not os.path.exists(path):
-            raise InputRefused(f"{uri} does not exist: check the path")
-        found = filesystem.find(path, detail=True)
-    infos = [_object_info(key, entry, uri) for key, entry in found.items()]
-    kept = [info for info in infos if not suffixes or info.uri.lower().endswith(tuple(suffixes))]
-    return sorted(kept, key=lambda info: info.uri)
+    endings = tuple(suffixes) or ("",)
+    for page in _s3_pages(uri) if is_s3(uri) else _local_pages(uri):
+        kept = [info for info in page if info.uri.lower().endswith(endings)]
+        _check_names(kept)
+        if kept:
+            yield kept
 
 
-def open_file(uri: str) -> IO[bytes]:
-    """A seekable binary reader; on S3 it fetches 1 MiB ranges ahead, never the whole object."""
+def stat_many(uris: Iterable[str]) -> dict[str, ObjectInfo | None]:
+    """{uri as given: its object, None where none is}, asked in parallel. Raises UsageError, Retryable."""
+    names = list(dict.fromkeys(uris))
+    with storage_s3.threads(2 * storage_s3.THREADS) as pool:
+        return dict(zip(names, pool.map(_stat, names), strict=True))
+
+
+def read_range(uri: str, start: int, stop: int, etag: str | None = None) -> bytes:
+    """Exactly the bytes [start, stop) of an object, verified (see storage_s3.get).
+
+    Raises ObjectChanged when `etag` is given and is not the object's, InputRefused when it does not exist or is shorter,
+    Retryable when the store does not answer by the deadline.
+    """
+    if not 0 <= start <= stop:
+        raise ValueError(f"no range: [{start}, {stop})")
     uri = normalize(uri)
-    filesystem, path = _open_filesystem(uri)
-    with _explained(uri):
-        if is_s3(uri):
-            return filesystem.open(path, "rb", block_size=READ_BLOCK_BYTES, cache_type="readahead")
-        return open(path, "rb")
+    if start == stop:
+        return b""
+    if is_s3(uri):
+        return storage_s3.get(uri, start, stop, etag)
+    with _explained(uri), open(uri, "rb", buffering=0) as file:
+        _same(uri, file.fileno(), etag)
+        COUNTERS.add("requests")
+        parts, position = [], start
+        while position < stop:
+            part = os.pread(file.fileno(), stop - position, position)
+            if not part:
+                raise InputRefused(f"{uri} has {position} bytes or fewer, not {stop}: it is shorter than expected")
+            parts.append(part)
+            position += len(part)
+            COUNTERS.add("bytes_read", len(part))
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def open_file(uri: str, *, offset: int = 0, size: int | None = None, etag: str | None = None) -> IO[bytes]:
+    """A seekable binary reader of an object, or of its bytes [offset, offset + size); never fetches all of a large one.
+
+    It reads the bytes that had the tag `etag`, or the tag of the moment when it is opened: a later change raises ObjectChanged
+    on S3. `size` and `etag` together save a request. Raises InputRefused, UsageError, Retryable; so do its reads.
+    """
+    uri = normalize(uri)
+    if not is_s3(uri):
+        with _explained(uri), contextlib.ExitStack() as stack:
+            file = stack.enter_context(open(uri, "rb"))
+            info = _same(uri, file.fileno(), etag)
+            if offset == 0 and (size is None or size >= info.size):
+                stack.pop_all()
+                return file
+    elif size is None or etag is None:
+        info = _stat(uri)
+        if info is None:
+            raise InputRefused(f"{uri} does not exist: check the path")
+        if etag is not None and etag != info.etag:
+            raise ObjectChanged(f"{uri} was replaced by other bytes since it was listed: list it again")
+    else:
+        info = ObjectInfo(uri, offset + size, etag)
+    length = max(0, info.size - offset) if size is None else max(0, min(size, info.size - offset))
+    return BlockReader(lambda start, stop: read_range(uri, offset + start, offset + stop, info.etag or None), length)
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole object. Raises InputRefused when it does not exist."""
     uri = normalize(uri)
-    filesystem, path = _open_filesystem(uri)
-    with _explained(uri):
-        return filesystem.cat_file(path)
+    if is_s3(uri):
+        return storage_s3.get(uri)
+    with _explained(uri), open(uri, "rb") as file:
+        return file.read()
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write or replace one object; readers see the old bytes or the new ones, never a part."""
     uri = normalize(uri)
-    filesystem, path = _open_filesystem(uri)
-    with _explained(uri):
-        if is_s3(uri):
-            filesystem.pipe_file(path, data)
-            return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        partial = f"{path}.{os.getpid()}.part"
-        Path(partial).write_bytes(data)
-        os.replace(partial, path)
+    if is_s3(uri):
+        storage_s3.put(uri, len(data), lambda start, stop: data if stop - start == len(data) else data[start:stop])
+        return
+    with _partial(uri) as file:
+        file.write(data)
 
 
 def upload(local_path: str | os.PathLike[str], uri: str) -> None:
-    """Copy a local file to `uri`."""
-    write_bytes(uri, Path(local_path).read_bytes())
+    """Copy a local file to `uri`, as `write_bytes` does but without holding it in memory."""
+    uri = normalize(uri)
+    with _explained(os.fspath(local_path)), open(local_path, "rb") as source:
+        if is_s3(uri):
+            descriptor = source.fileno()
+            size = os.fstat(descriptor).st_size
+            storage_s3.put(uri, size, lambda start, stop: os.pread(descriptor, stop - start, start))
+            return
+        with _partial(uri) as file:
+            shutil.copyfileobj(source, file, storage_s3.PART_BYTES)
+
+
+def delete(uris: Iterable[str]) -> None:
+    """Delete objects or local files; those that do not exist are no error."""
+    names = [normalize(uri) for uri in uris]
+    storage_s3.remove(uri for uri in names if is_s3(uri))
+    for path in names:
+        if not is_s3(path):
+            with _explained(path), contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def exists(uri: str) -> bool:
     """Whether an object or folder stands at `uri`."""
     uri = normalize(uri)
-    filesystem, path = _open_filesystem(uri)
-    with _explained(uri):
-        return filesystem.exists(path)
+    if not is_s3(uri):
+        with _explained(uri):
+            return os.path.exists(uri)
+    operation = Operation(uri)
+    if operation.key and _stat(uri):
+        return True
+    listing = {"Bucket": operation.bucket, "Prefix": operation.prefix, "MaxKeys": 1}
+    try:
+        found = operation.request(lambda: operation.client.list_objects_v2(**listing))
+    except InputRefused:
+        return False
+    return bool(found.get("Contents")) or not operation.key
 
 
 def check_bucket(uri: str) -> None:
     """Fail in seconds, with one sentence, when the bucket of an s3 URI cannot be reached; local paths always pass."""
     uri = normalize(uri)
-    if not is_s3(uri):
-        return
-    filesystem, path = _open_filesystem(uri)
-    with _explained(uri):
-        filesystem.call_s3("head_bucket", Bucket=path.split("/", 1)[0])
+    if is_s3(uri):
+        operation = Operation(uri, min(CHECK_DEADLINE_S, storage_s3.DEADLINE_S))
+        operation.request(lambda: operation.client.head_bucket(Bucket=operation.bucket))
 
 
 def arrow_filesystem(uri: str) -> tuple[Any, str]:
@@ -141,13 +231,16 @@ def arrow_filesystem(uri: str) -> tuple[Any, str]:
         os.makedirs(uri, exist_ok=True)
         return pyarrow.fs.LocalFileSystem(), uri
     # Credentials stay out of the pickled object: every process resolves them by the standard AWS chain.
-    return pyarrow.fs.S3FileSystem(
-        endpoint_override=_endpoint(),
-        region=_region(),
-        connect_timeout=CONNECT_TIMEOUT_S,
-        request_timeout=READ_TIMEOUT_S,
-        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
-    ), uri[len("s3://") :]
+    return (
+        pyarrow.fs.S3FileSystem(
+            endpoint_override=storage_s3.endpoint(),
+            region=storage_s3.region(),
+            connect_timeout=storage_s3.CONNECT_TIMEOUT_S,
+            request_timeout=storage_s3.READ_TIMEOUT_S,
+            retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=10),  # Arrow knows no deadline
+        ),
+        uri[len("s3://") :],
+    )
 
 
 def delta_options(uri: str) -> dict[str, str]:
@@ -156,67 +249,155 @@ def delta_options(uri: str) -> dict[str, str]:
         return {}
     import boto3
 
-    options = {"aws_region": _region(), "aws_conditional_put": "etag", "timeout": f"{READ_TIMEOUT_S}s"}
+    options = {
+        "aws_region": storage_s3.region(),
+        "aws_conditional_put": "etag",
+        "timeout": f"{storage_s3.READ_TIMEOUT_S * 1000:.0f}ms",
+        "connect_timeout": f"{storage_s3.CONNECT_TIMEOUT_S * 1000:.0f}ms",
+        "max_retries": "100",  # the time limit decides
+        "retry_timeout": f"{storage_s3.DEADLINE_S * 1000:.0f}ms",
+    }
     credentials = boto3.Session().get_credentials()
     if credentials:
         frozen = credentials.get_frozen_credentials()
         options |= {"aws_access_key_id": frozen.access_key, "aws_secret_access_key": frozen.secret_key}
         options |= {"aws_session_token": frozen.token} if frozen.token else {}
-    endpoint = _endpoint()
+    endpoint = storage_s3.endpoint()
     if endpoint:
         options |= {"aws_endpoint_url": endpoint, "aws_allow_http": str(endpoint.startswith("http://")).lower()}
     return options
 
 
-def _endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+def _local_info(path: str, found: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(path, found.st_size, f"{found.st_mtime_ns:x}-{found.st_size:x}", found.st_mtime)
 
 
-def _region() -> str:
-    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+def _check_names(infos: list[ObjectInfo]) -> None:
+    for info in infos:
+        try:
+            info.uri.encode()
+        except UnicodeEncodeError as error:
+            raise InputRefused(f"{info.uri!r}: its name is not UTF-8, so it has no URI: rename it") from error
 
 
-def _open_filesystem(uri: str) -> tuple[Any, str]:
-    if not is_s3(uri):
-        from fsspec.implementations.local import LocalFileSystem
-
-        return LocalFileSystem(auto_mkdir=True), uri
-    import s3fs
-
-    return (
-        s3fs.S3FileSystem(
-            endpoint_url=_endpoint(),
-            client_kwargs={"region_name": _region()},
-            config_kwargs={
-                "connect_timeout": CONNECT_TIMEOUT_S,
-                "read_timeout": READ_TIMEOUT_S,
-                "retries": {"mode": "standard", "max_attempts": MAX_ATTEMPTS},
-            },
-            use_listings_cache=False,  # another process may have written since
-        ),
-        uri[len("s3://") :],
-    )
+def _same(path: str, descriptor: int, etag: str | None) -> ObjectInfo:
+    info = _local_info(path, os.fstat(descriptor))
+    if etag is not None and etag != info.etag:
+        raise ObjectChanged(f"{path} was replaced by other bytes since it was listed: list it again")
+    return info
 
 
-def _object_info(key: str, entry: dict[str, Any], root: str) -> ObjectInfo:
-    if is_s3(root):
-        return ObjectInfo(f"s3://{key}", int(entry["size"]), str(entry.get("ETag", "")).strip('"'))
-    return ObjectInfo(key, int(entry["size"]), f"{os.stat(key).st_mtime_ns:x}-{int(entry['size']):x}")
+def _stat(uri: str) -> ObjectInfo | None:
+    uri = normalize(uri)
+    if is_s3(uri):
+        return storage_s3.head(uri)
+    try:
+        with _explained(uri):
+            return _local_info(uri, os.stat(uri))
+    except InputRefused:
+        return None
+
+
+@contextlib.contextmanager
+def _partial(path: str) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when it is whole, and leaves nothing when it never is."""
+    partial = f"{path}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}"
+    with _explained(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                yield file
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+            raise
+
+
+def _local_pages(root: str) -> Iterator[list[ObjectInfo]]:
+    with _explained(root):
+        found = os.stat(root)
+    if not stat.S_ISDIR(found.st_mode):
+        yield [_local_info(root, found)]
+        return
+    page: list[ObjectInfo] = []
+    todo: list[tuple[str, frozenset[tuple[int, int]]]] = [(root, frozenset())]
+    while todo:
+        folder, above = todo.pop()
+        with _explained(folder):
+            found = os.stat(folder)
+            if (found.st_dev, found.st_ino) in above:  # a link to a folder that it lies in
+                continue
+            above = above | {(found.st_dev, found.st_ino)}
+            for entry in os.scandir(folder):
+                if entry.is_dir():
+                    todo.append((entry.path, above))
+                elif entry.is_file() and not entry.name.endswith(PARTIAL):
+                    with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
+                        page.append(_local_info(entry.path, entry.stat()))
+        if len(page) >= LOCAL_PAGE:
+            yield page
+            page = []
+    if page:
+        yield page
+
+
+def _s3_pages(uri: str) -> Iterator[list[ObjectInfo]]:
+    """A listing of more than one page goes on in parallel over ranges of keys."""
+    first, more = _s3_page(uri, "", None, "")
+    if first:
+        yield first
+    if not more:
+        alone = None if first or not Operation(uri).key else storage_s3.head(uri)
+        if alone:
+            yield [alone]
+        return
+    bounds = [bound for bound in storage_s3.listing_bounds(uri) if bound > more[0]]
+    ranges: list[tuple[str, str | None, str]] = [(a, b, "") for a, b in zip([more[0], *bounds], [*bounds, None], strict=True)]
+    running: dict[Future[Any], str | None] = {}
+    with storage_s3.threads(storage_s3.THREADS) as pool:
+        while running or ranges:
+            while ranges and len(running) < storage_s3.THREADS:
+                after, until, token = ranges.pop(0)
+                running[pool.submit(_s3_page, uri, after, until, token)] = until
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                until = running.pop(future)
+                page, more = future.result()
+                if more:
+                    ranges.insert(0, (more[0], until, more[1]))
+                if page:
+                    yield page
+
+
+def _s3_page(uri: str, after: str, until: str | None, token: str) -> tuple[list[ObjectInfo], tuple[str, str] | None]:
+    """One page of the keys in (after, until] below `uri`, and what continues it: (last key, token), None at the end."""
+    operation = Operation(uri)
+    arguments = {"ContinuationToken": token} if token else {"StartAfter": after} if after else {}
+    arguments |= {"Bucket": operation.bucket, "Prefix": operation.prefix}
+    found = operation.request(lambda: operation.client.list_objects_v2(**arguments))
+    page, key = [], after
+    for entry in found.get("Contents", ()):
+        key = entry["Key"]
+        if until is not None and key > until:
+            return page, None
+        if not key.endswith("/"):  # what consoles write to show an empty folder
+            stamp = entry["LastModified"].timestamp()
+            page.append(ObjectInfo(f"s3://{operation.bucket}/{key}", entry["Size"], entry.get("ETag", "").strip('"'), stamp))
+    return page, (key, found["NextContinuationToken"]) if found.get("IsTruncated") else None
 
 
 @contextlib.contextmanager
 def _explained(uri: str) -> Iterator[None]:
-    """Turn the many errors of the storage libraries into ours: one sentence, retryable or not."""
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-
+    """Turn the errors of a local file system into ours: one sentence, retryable or not."""
     try:
         yield
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputRefused(f"{uri} does not exist: check the path") from error
+    except IsADirectoryError as error:
+        raise InputRefused(f"{uri} is a folder, not a file: check the path") from error
     except PermissionError as error:
-        raise UsageError(f"{uri}: access denied ({error}): check the credentials and the bucket policy") from error
-    except NoCredentialsError as error:
-        raise UsageError(f"{uri}: no S3 credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
-    except (BotoCoreError, ClientError, TimeoutError, ConnectionError) as error:
-        endpoint = _endpoint() or "the default AWS endpoint"
-        raise Retryable(f"{uri}: the object store at {endpoint} did not answer ({error}): try again") from error
+        raise UsageError(f"{uri}: access denied ({error}): check the owner and the permissions") from error
+    except OSError as error:
+        if error.errno in {errno.ENAMETOOLONG, errno.ELOOP}:
+            raise InputRefused(f"{uri} cannot be opened ({error.strerror}): check the path") from error
+        raise Retryable(f"{uri}: the file system failed ({error}): try again") from error

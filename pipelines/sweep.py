@@ -76,7 +76,7 @@ def trial_config(config: SweepConfig, run_dir: str, name: str, seed: int) -> Pre
     trial_dir = _trial_dir(run_dir, name, seed)
     base = load(PretrainConfig, "pretrain", [f"preset={config.base}", *overrides, f"run.dir={trial_dir}"])
     trial = replace(base, model=replace(base.model, masks=config.masks[name]), run=RunConfig(trial_dir))
-    trial.validate()
+    trial.check()
     return pretrain.pinned(trial)
 
 

@@ -162,7 +162,7 @@ def frame_patches(frames: np.ndarray, side: int = PATCH_SIZE) -> np.ndarray:
 @contextlib.contextmanager
 def _opened(file: IO[bytes]) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     try:
-        with av.open(file, buffer_size=AVIO_BUFFER_BYTES, options=AV_OPTIONS) as container:
+        with av.open(file, buffer_size=AVIO_BUFFER_BYTES, options=AV_OPTIONS, metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if stream is None:
                 raise VideoRefused("no_video_stream", "the file holds no video stream")

@@ -12,6 +12,7 @@ import io
 import json
 import subprocess
 import sys
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,10 +33,11 @@ def make_frames(num_frames: int, width: int = 96, height: int = 64, seed: int = 
 
 
 def encode(frames: np.ndarray, codec: str = "libx264", container: str = "mp4", pts: list[int] | None = None, rate: int = 30,
-           options: dict[str, str] | None = None) -> bytes:  # fmt: skip
+           options: dict[str, str] | None = None, container_options: dict[str, str] | None = None) -> bytes:  # fmt: skip
     """A real encoded video; `pts` in 1/rate seconds makes the frame rate variable."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as out:
+    buffer = tempfile.TemporaryFile() if container_options else io.BytesIO()  # FFmpeg opens a faststart file again, by its name
+    target = f"/proc/self/fd/{buffer.fileno()}" if container_options else buffer
+    with av.open(target, "w", format=container, container_options=container_options or {}) as out:
         stream = out.add_stream(codec, rate=rate, options=options or {})
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.time_base = Fraction(1, rate)
@@ -45,7 +47,8 @@ def encode(frames: np.ndarray, codec: str = "libx264", container: str = "mp4", p
             frame.time_base = Fraction(1, rate)
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
-    return buffer.getvalue()
+    buffer.seek(0)
+    return buffer.read()
 
 
 def make_corpus(folder: Path, count: int = 3) -> Path:

@@ -42,7 +42,7 @@ def test_files_stay_readable(path):
 
 def test_only_storage_speaks_to_object_stores():
     for path in SOURCES:
-        if path.name != "storage.py":
+        if path.name not in {"storage.py", "storage_s3.py"}:
             names = {alias.name.split(".")[0] for node in ast.walk(ast.parse(path.read_text()))
                      if isinstance(node, ast.Import) for alias in node.names}  # fmt: skip
             assert not names & {"boto3", "s3fs", "fsspec"}, path
