@@ -74,7 +74,10 @@ class BlockReader(io.RawIOBase):
         if number not in self._blocks:
             self._ahead = min(2 * self._ahead, AHEAD_BLOCKS) if number == self._next_block else 1
             count = min(max(needed, self._ahead), CACHED_BLOCKS)
-            data = self._fetch(number * BLOCK_BYTES, min((number + count) * BLOCK_BYTES, self._size))
+            start, stop = number * BLOCK_BYTES, min((number + count) * BLOCK_BYTES, self._size)
+            data = self._fetch(start, stop)
+            if len(data) != stop - start:
+                raise OSError(f"{len(data)} bytes came instead of {stop - start}")
             for index in range(-(-len(data) // BLOCK_BYTES)):
                 self._blocks[number + index] = data[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
             self._next_block = number + count

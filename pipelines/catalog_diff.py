@@ -32,7 +32,7 @@ class _Videos(NamedTuple):
 
 
 def diff(before: CatalogRef, after: CatalogRef) -> Difference:
-    """Compare the current videos of two catalogs or versions.
+    """Compare the current videos of two catalogs.
 
     added: stands in `after` alone; removed: stood in `before` alone (its status changed, or the row is gone); changed: other
     bytes at the same uri and member; kept, dropped: in both, but the curation's decision turned.
@@ -42,17 +42,23 @@ def diff(before: CatalogRef, after: CatalogRef) -> Difference:
     common = at >= 0
     gone = np.ones(len(old.ids), dtype=bool)
     gone[at[common]] = False
-    was, now = old.keep[at[common]], new.keep[common]
-    both = new.ids[common]
+    was, now, both = old.keep[at[common]], new.keep[common], new.ids[common]
     removed, added = old.ids[gone], new.ids[~common]
     changed = _changed(before, after, removed, added)
-    removed, added = _without(removed, changed[:, 0]), _without(added, changed[:, 1])
-    kinds = {"added": added, "removed": removed, "kept": both[now & ~was], "dropped": both[was & ~now]}
-    pairs = dict(zip(item_ids.text(changed[:SHOWN, 1]), item_ids.text(changed[:SHOWN, 0]), strict=True))
-    examples = {kind: _rows(before if kind == "removed" else after, item_ids.text(ids[:SHOWN])) for kind, ids in kinds.items()}
-    examples["changed"] = [{**row, "before": pairs[row["id"]]} for row in _rows(after, list(pairs))]
-    same = len(both) - len(kinds["kept"]) - len(kinds["dropped"])
-    counts = {**{kind: len(ids) for kind, ids in kinds.items()}, "changed": len(changed), "same": same}
+    kinds = {
+        "added": _without(added, changed[:, 1]),
+        "removed": _without(removed, changed[:, 0]),
+        "changed": changed[:, 1],
+        "kept": both[now & ~was],
+        "dropped": both[was & ~now],
+    }
+    counts = {kind: len(ids) for kind, ids in kinds.items()}
+    counts["same"] = len(both) - counts["kept"] - counts["dropped"]
+    first = {kind: item_ids.text(ids[:SHOWN]) for kind, ids in kinds.items()}
+    rows = _rows(after, [*first["added"], *first["changed"], *first["kept"], *first["dropped"]]) | _rows(before, first["removed"])
+    examples = {kind: [rows[id] for id in ids] for kind, ids in first.items()}
+    had = item_ids.text(changed[:SHOWN, 0])
+    examples["changed"] = [{**row, "before": id} for row, id in zip(examples["changed"], had, strict=True)]
     return Difference(counts, examples)
 
 
@@ -78,26 +84,27 @@ def _changed(before: CatalogRef, after: CatalogRef, removed: np.ndarray, added: 
 
 
 def _places(ref: CatalogRef, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of the wanted videos and digests of where they stand, both uint64 [n, 2], in the table's order."""
+    """Ids of the wanted videos and digests of where they stand, both uint64 [n, 2], ascending by the digest's first word."""
     known = item_ids.IdSet(wanted)
-    ids, places = [np.empty((0, 2), dtype=np.uint64)], [np.empty((0, 2), dtype=np.uint64)]
+    ids, digests = [], []
     for batch in catalog.batches(ref, VIDEOS, ["id", "uri", "member"], STANDS):
         numbers = item_ids.words(batch["id"])
-        hit = known.positions(numbers) >= 0
-        if hit.any():
-            rows = batch.filter(pa.array(hit))
-            names = zip(rows["uri"].to_pylist(), rows["member"].to_pylist(), strict=True)
-            digests = b"".join(hashlib.blake2b(f"{u}\0{m}".encode(), digest_size=16).digest() for u, m in names)
-            ids.append(numbers[hit])
-            places.append(np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2))
-    return np.concatenate(ids), np.concatenate(places)
+        order = np.argsort(numbers[:, 0])
+        hit = np.empty(len(batch), dtype=bool)
+        hit[order] = known.positions(numbers[order]) >= 0
+        rows = batch.filter(pa.array(hit))
+        names = pc.binary_join_element_wise(rows["uri"], rows["member"], "\0").cast(pa.binary()).to_pylist()
+        ids.append(numbers[hit])
+        digests.append(b"".join(hashlib.blake2b(name, digest_size=16).digest() for name in names))
+    places = np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2)
+    order = np.argsort(places[:, 0], kind="stable")
+    return np.concatenate(ids)[order], places[order]
 
 
 def _without(ids: np.ndarray, taken: np.ndarray) -> np.ndarray:
     return ids[item_ids.IdSet(taken).positions(ids) < 0]
 
 
-def _rows(ref: CatalogRef, ids: list[str]) -> list[dict[str, Any]]:
-    if not ids:
-        return []
-    return catalog.read(ref, VIDEOS, COLUMNS, pc.field("id").isin(ids)).sort_by("id").to_pylist()
+def _rows(ref: CatalogRef, ids: list[str]) -> dict[str, dict[str, Any]]:
+    found = catalog.read(ref, VIDEOS, COLUMNS, pc.field("id").isin(ids)).to_pylist() if ids else []
+    return {row["id"]: row for row in found}

@@ -219,9 +219,9 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
 
 
 def _reprobe() -> Reprobe:
-    from pipelines import ingest
+    from pipelines import ingest_tasks
 
-    return ingest.reprobe
+    return ingest_tasks.reread
 
 
 def _verdict(row: dict[str, Any], reprobe: Reprobe) -> tuple[str, str]:

@@ -17,7 +17,7 @@ import numpy as np
 from pipelines.errors import UsageError
 
 SLOTS = 8
-"""Frames hashed per video: those on display at 1/16, 3/16 ... 15/16 of the time from the first frame to the last."""
+"""Frames hashed per video: those on display at 1/16, 3/16 ... 15/16 of its time."""
 TICK_S = 0.25
 """Seconds between the pictures that motion, static and black look at."""
 BLACK_LUMA, BLACK_AREA = 25.5, 0.98
@@ -95,17 +95,17 @@ class Survey:
     """
 
     def __init__(self, config: CurationConfig, num_frames: int, pts: np.ndarray, time_base: float) -> None:
-        """`pts` int64 [F], sorted: presentation times of the shown frames, `time_base` seconds each; `num_frames` shown."""
+        """`pts` int64 [F], sorted: times of the `num_frames` shown frames, in units of `time_base` seconds."""
         seconds = (pts - pts[0]) * time_base
         end = seconds[-1] * num_frames / max(1, num_frames - 1)
         self._shots = _Shots(config, int(pts[0]), time_base) if config.shots else None
         self._hashes = np.full(SLOTS, NO_HASH, dtype=np.int64) if config.duplicates else None
-        self._motion = config.motion
         self._slots: dict[int, list[int]] = {}
         self._ticks: dict[int, int] = {}
         if config.duplicates:
-            # Shares of the time from the first frame to the last: how long the last one stands is anybody's guess.
-            moments = (np.arange(SLOTS) + 0.5) / SLOTS * seconds[-1]
+            # The last frame stands for a usual interval: then half the frame rate, or repeated frames left out, moves no slot.
+            usual = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.0
+            moments = (np.arange(SLOTS) + 0.5) / SLOTS * (seconds[-1] + usual)
             for slot, index in enumerate(np.searchsorted(seconds, moments, side="right") - 1):
                 self._slots.setdefault(int(pts[index]), []).append(slot)
         if config.motion:

@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 
 from jepa_core.config import ClipConfig
 from jepa_core.sampling import clip_frames, crop_box
-from pipelines import catalog, storage
+from pipelines import catalog, sandbox
 from pipelines.catalog_schema import VIDEOS, CatalogRef
-from pipelines.clip_cost import measure
 from pipelines.errors import InputRefused, UsageError
+from pipelines.ingest_config import LimitsConfig
 from pipelines.progress import Reporter
 from pipelines.transcode import Settings
 from pipelines.video import VideoRefused
@@ -86,7 +86,7 @@ def run_plan(ref: CatalogRef, options: PlanOptions, reporter: Reporter) -> dict[
     costs, refused = [], []
     for number, name in enumerate(ids):
         try:
-            costs.append(Cost(**_measure_item(rows[name], frame_times(ref, rows[name]), number, options)))
+            costs.append(Cost(**_measure_item(rows[name], catalog.frame_times(ref, rows[name]), number, options)))
         except VideoRefused as refusal:
             refused.append(f"{rows[name]['uri']}: {refusal}")
         reporter.advance(number + 1, refused=len(refused))
@@ -182,11 +182,6 @@ def table(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [*rows, ("break-even, epochs", "", "never" if even is None else f"{even:.3g}")]
 
 
-def frame_times(ref: CatalogRef, row: dict[str, Any]) -> np.ndarray:
-    """Presentation times of all shown frames of one row, int64 [F], ascending, in its time base."""
-    return catalog.frame_times(ref, row)
-
-
 def _measure_item(row: dict[str, Any], pts: np.ndarray, number: int, options: PlanOptions) -> dict[str, float]:
     """The cost of one random clip of a video, drawn as training draws it."""
     rng = np.random.default_rng((options.seed, number))
@@ -195,15 +190,18 @@ def _measure_item(row: dict[str, Any], pts: np.ndarray, number: int, options: Pl
     frames = clip_frames(seconds, options.clip_frames, options.fps, float(rng.random()))
     last = np.searchsorted(seconds, max(seconds[frames[-1]], seconds[frames[0]] + LEAST_SECONDS), side="right") - 1
     crop = crop_box(row["width"], row["height"], ClipConfig(crop_size=options.crop_size), rng)
-    with storage.open_file(row["uri"], offset=row["offset"], size=row["size"], etag=row["etag"]) as file:
-        return measure(
-            file,
-            stream=row["stream"],
-            time_base=(time_base.numerator, time_base.denominator),
-            width=row["width"],
-            pts=pts[frames].tolist(),
-            last=int(pts[last]),
-            crop=tuple(crop),
-            size=options.crop_size,
-            **asdict(options.settings),
-        )
+    source = sandbox.item_source(row["uri"], row["offset"], row["size"], row["etag"])
+    costs, _ = sandbox.call(
+        "measure",
+        source,
+        LimitsConfig(),
+        stream=row["stream"],
+        time_base=(time_base.numerator, time_base.denominator),
+        width=row["width"],
+        pts=pts[frames].tolist(),
+        last=int(pts[last]),
+        crop=tuple(crop),
+        size=options.crop_size,
+        **asdict(options.settings),
+    )
+    return costs

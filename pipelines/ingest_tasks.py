@@ -8,7 +8,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,6 @@ RESULT_SCHEMA = pa.unify_schemas([VIDEO_SCHEMA, QUARANTINE_SCHEMA])
 STAGE = "probe"
 CHUNK_BYTES = 16 << 20
 IDENTITY = ("id", "uri", "member", "offset", "size", "etag", "label")
-FACT_LIMITS = ("max_pixels", "max_frames", "max_streams", "max_index_mb")
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,7 @@ def reread(row: dict[str, Any]) -> tuple[str, str | None]:
     Raises VideoRefused when the item no longer passes, InputRefused when it is gone, ObjectChanged when its etag is another.
     """
     with _bytes_of(row, row["content_digest"] is not None) as (source, digest):
-        limits = LimitsConfig()
-        facts, _ = sandbox.call("probe", source, limits, validate=row["validated"], curation=asdict(CurationConfig()),
-                                **{name: getattr(limits, name) for name in FACT_LIMITS})  # fmt: skip
+        facts, _ = sandbox.probe(source, LimitsConfig(), row["validated"])
     return facts["digest"], digest
 
 
@@ -102,8 +99,7 @@ def probe_item(item: dict[str, Any], job: Job) -> tuple[dict[str, Any], bytes | 
         if item["size"] == 0:
             raise VideoRefused("empty", "the file has no bytes")
         with _bytes_of(item, job.validate == "full") as (source, digest):
-            facts, _ = sandbox.call("probe", source, job.limits, validate=job.validate, curation=asdict(job.curation),
-                                    **{name: getattr(job.limits, name) for name in FACT_LIMITS})  # fmt: skip
+            facts, _ = sandbox.probe(source, job.limits, job.validate, job.curation)
     except VideoRefused as refusal:
         return {**base, "stage": STAGE, "reason": refusal.reason, "detail": refusal.detail, "digest": digest}, None
     except storage.ObjectChanged as error:

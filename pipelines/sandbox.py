@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from pipelines import storage
+from pipelines.curation import CurationConfig
 from pipelines.errors import InputRefused
 from pipelines.ingest_config import LimitsConfig
 from pipelines.sandbox_child import FAILED, FRAME, FUNCTIONS, READ, REFUSED, RESULT, SPAN
@@ -31,6 +32,8 @@ MAX_READ_BYTES = 512 << 20
 MAX_RESULT_BYTES = 4 << 30
 MAX_REREADS = 16
 """A demuxer that asks for the file's bytes more often than this is going in circles."""
+TRIES = 3
+"""A process that somebody else killed (SIGKILL) says nothing about its file, unless it happens again and again."""
 GRACE_S = 5.0
 """A child that has answered ends at once; after this time it is killed."""
 RESULT_DTYPES = "biuf"
@@ -57,12 +60,25 @@ def item_source(uri: str, offset: int, size: int, etag: str | None) -> Source:
     return Source(size, lambda start, stop: storage.read_range(uri, offset + start, offset + stop, etag))
 
 
+def probe(
+    source: Source, limits: LimitsConfig, validate: str = "sample", curation: CurationConfig | None = None
+) -> tuple[dict[str, Any], Cost]:
+    """`video_probe.probe` on an item: its facts as columns of `videos`, with the `blob` of its packet index. Raises as `call`."""
+    bounds = {name: getattr(limits, name) for name in ("max_pixels", "max_frames", "max_streams", "max_index_mb")}
+    return call("probe", source, limits, validate=validate, curation=asdict(curation or CurationConfig()), **bounds)
+
+
 def call(function: str, source: Source, limits: LimitsConfig, **kwargs: Any) -> tuple[dict[str, Any], Cost]:
     """Run one of FUNCTIONS on an item in a process of its own.
 
     Raises VideoRefused when the file is refused, breaks a limit or kills its process; Retryable when the store does not answer.
     """
-    return _zygote().call(function, source, limits, kwargs)
+    for _ in range(TRIES):
+        try:
+            return _zygote().call(function, source, limits, kwargs)
+        except _Killed:
+            continue
+    raise VideoRefused("limit_memory", f"its reading process was killed {TRIES} times, as a machine without memory does")
 
 
 class _Zygote:
@@ -90,8 +106,12 @@ class _Zygote:
         """See the module's `call`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         job = {"function": function, "size": source.size, "limits": asdict(limits), "kwargs": kwargs}
-        socket.send_fds(self._control, [json.dumps(job).encode()], [theirs.fileno()])
-        theirs.close()
+        try:
+            socket.send_fds(self._control, [json.dumps(job).encode()], [theirs.fileno()])
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise _Killed from error
+        finally:
+            theirs.close()
         pid = self._line()["pid"]
         answered, given_up = False, None
         try:
@@ -107,12 +127,20 @@ class _Zygote:
         cost = Cost(ended["cpu_s"], ended["memory_mb"])
         if kind == RESULT:
             return _unpack(payload), cost
-        raise given_up or _refusal(kind, payload, ended["signal"], limits)
+        if given_up:
+            raise given_up
+        if ended["signal"] == signal.SIGKILL and kind != REFUSED:
+            raise _Killed
+        raise _refusal(kind, payload, ended["signal"], limits)
 
     def _line(self) -> dict[str, Any]:
-        line = self._lines.readline()
-        if not line:
-            raise RuntimeError("the sandbox's own process died: it is not the file's fault")
+        try:
+            line = self._lines.readline()
+        except ConnectionResetError:
+            line = b""
+        if not line.endswith(b"\n"):
+            self.close()
+            raise _Killed
         return json.loads(line)
 
 
@@ -125,6 +153,10 @@ def _zygote() -> _Zygote:
         _current = _Zygote()
         atexit.register(_current.close)
     return _current
+
+
+class _Killed(Exception):
+    """Somebody killed the child or its parent."""
 
 
 class _GivenUp(Exception):

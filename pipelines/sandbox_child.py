@@ -24,6 +24,7 @@ from typing import Any
 FUNCTIONS = {
     "probe": "pipelines.video_probe:probe",
     "transcode": "pipelines.transcode:transcode",
+    "measure": "pipelines.clip_cost:measure",
 }
 """What may run in a child."""
 READ, RESULT, REFUSED, FAILED = b"r", b"R", b"E", b"X"

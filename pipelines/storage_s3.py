@@ -39,15 +39,7 @@ LISTING_RANGES = 64
 LISTING_DEPTH = 4
 
 _TRANSIENT_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
-_TRANSIENT_CODES = {
-    "SlowDown",
-    "RequestTimeout",
-    "BadDigest",
-    "IncompleteBody",
-    "InternalError",
-    "ServiceUnavailable",
-    "Throttling",
-}
+_TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "BadDigest", "IncompleteBody", "InternalError", "ServiceUnavailable"}
 _DENIED_CODES = {"ExpiredToken", "TokenRefreshRequired", "InvalidToken"}
 _MD5_TAG = re.compile(r"[0-9a-f]{32}")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
@@ -176,11 +168,12 @@ class Operation:
         """`attempt()`, again after transient failures. Raises InputRefused, UsageError, or Retryable at the deadline."""
         from botocore.exceptions import BotoCoreError, ClientError
         from botocore.parsers import ResponseParserError
+        from urllib3.exceptions import HTTPError  # botocore lets it through when the text of an error answer is cut
 
         def explained() -> T:
             try:
                 return attempt()
-            except (BotoCoreError, ClientError, ResponseParserError, OSError) as error:
+            except (BotoCoreError, ClientError, ResponseParserError, HTTPError, OSError) as error:
                 raise _explain(self.uri, error) from error
 
         return _again(explained, lambda: self.end)
@@ -239,14 +232,15 @@ def get(uri: str, start: int = 0, stop: int | None = None, etag: str | None = No
     """The bytes [start, stop) of an object, to its end when `stop` is None; verified.
 
     TLS authenticates what arrives. Over plain http the bytes must match the object's MD5 tag, when they are the whole object,
-    or an earlier read of the same range. Raises ObjectChanged, InputRefused, UsageError, Retryable.
+    or the read before of the same range. Raises ObjectChanged, InputRefused, UsageError, Retryable.
     """
     operation = Operation(uri)
     authentic = operation.client.meta.endpoint_url.startswith("https://")
     reading = _Reading(operation, start, stop, etag)
-    seen: set[bytes] = set()
+    previous = b""
 
     def attempt() -> bytes:
+        nonlocal previous
         while True:
             reading.proceed()
             data = b"".join(reading.chunks)
@@ -255,9 +249,9 @@ def get(uri: str, start: int = 0, stop: int | None = None, etag: str | None = No
             digest = hashlib.md5(data, usedforsecurity=False)
             if len(data) == reading.total and _MD5_TAG.fullmatch(reading.tag) and digest.hexdigest() == reading.tag:
                 return data
-            if digest.digest() in seen:
+            if digest.digest() == previous:
                 return data
-            seen.add(digest.digest())
+            previous = digest.digest()
             reading.restart()
             operation.check()
 

@@ -12,12 +12,13 @@ import ray
 import ray.data
 
 from jepa_core.sampling import Stream, centre_crop, clip_frames, generator, video_of_sample
-from pipelines import storage
+from pipelines import packet_index, sandbox, storage
 from pipelines.columns import FAILURES, SAMPLE
 from pipelines.config import DataConfig
 from pipelines.errors import InputRefused
+from pipelines.ingest_config import LimitsConfig
 from pipelines.robot import droid_raw
-from pipelines.video import VideoRefused, decode_clip, frame_patches, probe
+from pipelines.video import VideoRefused, decode_clip, frame_patches
 
 PATCHES = "patches"
 """uint8 [B, T*P, 768]: still frames, which the encoder doubles in time."""
@@ -147,14 +148,22 @@ def _index_batch(batch: pa.Table, time_base: str, min_seconds: float) -> pa.Tabl
     return pa.Table.from_pylist([_index_row(uri, time_base, min_seconds) for uri in batch["uri"].to_pylist()], SCHEMA)
 
 
+def _probed(uri: str) -> tuple[dict[str, Any], np.ndarray]:
+    """Facts of a recording, and the times of its frames: int64 [F]."""
+    info = storage.stat_many([uri])[uri]
+    if info is None:
+        raise VideoRefused("missing", f"{uri} does not exist")
+    facts, _ = sandbox.probe(sandbox.item_source(uri, 0, info.size, info.etag), LimitsConfig())
+    return facts, packet_index.shown(packet_index.decode(facts["blob"], facts["index_directory"]))
+
+
 def _index_row(uri: str, time_base: str, min_seconds: float) -> dict[str, Any]:
     try:
         episode = droid_raw.read_episode(uri, time_base=time_base)
-        with storage.open_file(episode.video_uri) as file:
-            facts = probe(file)
+        facts, pts = _probed(episode.video_uri)
     except (droid_raw.EpisodeRefused, VideoRefused) as refusal:
         return {"uri": uri, "reason": refusal.reason, "detail": refusal.detail}
-    count = min(episode.num_frames, len(facts.pts))
+    count = min(episode.num_frames, len(pts))
     times = episode.frame_times[:count]
     if times[-1] - times[0] < min_seconds:
         detail = f"{times[-1] - times[0]:.2f} s, a clip needs {min_seconds:.2f} s"
@@ -162,10 +171,10 @@ def _index_row(uri: str, time_base: str, min_seconds: float) -> dict[str, Any]:
     return {
         "uri": uri,
         "video_uri": episode.video_uri,
-        "stream": facts.stream,
-        "width": facts.width,
-        "height": facts.height,
-        "pts": facts.pts[:count],
+        "stream": facts["stream"],
+        "width": facts["width"],
+        "height": facts["height"],
+        "pts": pts[:count],
         "times": times,
         "states": episode.states[:count].ravel(),
     }

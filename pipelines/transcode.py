@@ -20,7 +20,7 @@ SAME_BYTES = "asm=avx2"
 """x264's AVX-512 code reads memory that it has not written when it weighs B-frames, so equal videos get unequal bytes."""
 DEFAULT_RATE = Fraction(25)
 MIN_TIMESCALE = 10_000
-"""Ticks per second; with fewer, the last frame's duration rounds to 0 and its edit list hides the frame."""
+"""Ticks per second; with fewer, a last frame of a low or unknown rate lasts 0 ticks and is hidden by the edit list."""
 MAX_TIMESCALE = 2**31 - 1
 
 

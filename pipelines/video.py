@@ -1,13 +1,11 @@
-"""Reading video with PyAV: probe a file by demuxing it, decode one clip exactly, cut it into tubelets.
+"""Reading video with PyAV: decode one clip exactly, cut it into tubelets. What a file is, video_probe.py finds out.
 
 Legend: F frames of a file, T frames of a clip, S crop size in pixels, N tubelets.
 """
 
 import contextlib
-import hashlib
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import IO
 
@@ -26,8 +24,6 @@ AVIO_BUFFER_BYTES = 1 << 20
 AV_OPTIONS = {"protocol_whitelist": "none"}
 # Decoders whose non-reference frames can be skipped without losing a wanted one (measured; MPEG-4 ASP and AV1 lose some).
 SKIPPABLE_CODECS = frozenset({"h264", "hevc", "vp8", "vp9"})
-MAX_PIXELS = 8192 * 8192
-MAX_FRAMES = 20_000_000
 
 
 class VideoRefused(Exception):
@@ -40,67 +36,6 @@ class VideoRefused(Exception):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.reason, self.detail)
-
-
-@dataclass(frozen=True)
-class VideoFacts:
-    """What demuxing a file tells. `pts` int64 [F], ascending, in units of `time_base` seconds; sizes as displayed."""
-
-    container: str
-    codec: str
-    pix_fmt: str
-    width: int
-    height: int
-    rotation: int
-    stream: int
-    time_base: Fraction
-    pts: np.ndarray
-    digest: str
-
-    @property
-    def duration(self) -> float:
-        """Seconds from the first frame to the last, plus one mean frame."""
-        count = len(self.pts)
-        span = float((self.pts[-1] - self.pts[0]) * self.time_base)
-        return span * count / max(1, count - 1)
-
-
-def probe(file: IO[bytes]) -> VideoFacts:
-    """Read all packets of the best video stream and decode one frame. Raises VideoRefused."""
-    with _opened(file) as (container, stream):
-        pts, digest = [], hashlib.sha256()
-        frame = None
-        for packet in container.demux(stream):
-            if packet.size:
-                digest.update(memoryview(packet))
-            if packet.pts is not None and not packet.is_discard:
-                pts.append(packet.pts)
-            if frame is None:
-                with contextlib.suppress(av.FFmpegError):
-                    frame = next(iter(packet.decode()), None)
-            if len(pts) > MAX_FRAMES:
-                raise VideoRefused("too_many_frames", f"more than {MAX_FRAMES} frames")
-        if frame is None:
-            raise VideoRefused("undecodable", "no packet of the video stream decodes to a frame")
-        times = np.unique(np.array(pts, dtype=np.int64))
-        if not len(times):
-            raise VideoRefused("no_timestamps", "no packet carries a presentation time")
-        if frame.width * frame.height > MAX_PIXELS:
-            raise VideoRefused("too_many_pixels", f"{frame.width}x{frame.height} exceeds {MAX_PIXELS} pixels")
-        rotation = int(frame.rotation) % 360
-        width, height = (frame.height, frame.width) if rotation % 180 else (frame.width, frame.height)
-        return VideoFacts(
-            container=container.format.name,
-            codec=stream.codec_context.name,
-            pix_fmt=frame.format.name,
-            width=width,
-            height=height,
-            rotation=rotation,
-            stream=stream.index,
-            time_base=stream.time_base,
-            pts=times,
-            digest=digest.hexdigest(),
-        )
 
 
 def decode_clip(file: IO[bytes], stream_index: int, pts: np.ndarray, crop: Crop, size: int) -> np.ndarray:
@@ -188,6 +123,8 @@ def _decode(file: IO[bytes], stream_index: int, wanted: set[int], crop: Crop, si
             container.seek(min(wanted), stream=stream, backward=True)
         skip = fast and stream.codec_context.name in SKIPPABLE_CODECS
         for packet in container.demux(stream):
+            if not packet.size and packet.dts is not None:
+                continue  # Theora repeats a picture by an empty packet, which no decoder takes; the last, untimed one flushes
             if skip and packet.size:
                 stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             sound = sound or packet.is_keyframe

@@ -51,7 +51,7 @@ def probe(file: Any, *, validate: Validate, curation: dict[str, Any], max_pixels
     facts, index = _demuxed(file, layout, max_pixels, max_frames, max_streams)
     if layout and (facts["width"] < 1 or facts["codec"] in TOLD_BY_PAYLOAD):
         facts, index = _demuxed(file, None, max_pixels, max_frames, max_streams)
-    shown = _shown(index, file.size)
+    shown = _shown(index)
     survey = None
     if everything:
         config = CurationConfig(**curation)
@@ -72,11 +72,22 @@ def _demuxed(
     with _opened(mp4_layout.MovieBoxFile(layout) if layout else file, max_streams) as (container, stream):
         facts = _stream_facts(container, stream, max_pixels)
         index, facts["direct"] = _demux(container, stream, max_frames, None if layout else _locator(file))
+        if facts["container"].startswith("mov"):
+            _refuse_cut(stream, file.size)
         if layout:
             keys = {entry.pos for entry in stream.index_entries if entry.is_keyframe}
             index = index._replace(key=np.isin(index.pos, np.fromiter(keys, np.int64, len(keys))))
             facts["rotation"] = mp4_layout.rotation(layout.movie, stream.id)
     return facts, index
+
+
+def _refuse_cut(stream: av.VideoStream, size: int) -> None:
+    """An MP4's demuxer just stops where the file does; its index knows what there should be."""
+    beyond = sum(entry.pos + entry.size > size for entry in stream.index_entries)
+    if beyond:
+        raise VideoRefused(
+            "undecodable", f"{beyond} packets of {len(stream.index_entries)} stand beyond the end: the file was cut"
+        )
 
 
 def _refuse_playlist(head: bytes) -> None:
@@ -184,11 +195,8 @@ def _locator(file: Any) -> Locate:
     return locate
 
 
-def _shown(index: PacketIndex, size: int) -> np.ndarray:
+def _shown(index: PacketIndex) -> np.ndarray:
     """Presentation times of the shown frames. Raises VideoRefused where they do not name each frame."""
-    beyond = np.flatnonzero(index.pos + index.size > size)
-    if len(beyond):
-        raise VideoRefused("undecodable", f"packet {beyond[0]} of {len(index.pts)} ends beyond the end of the file: it was cut")
     times = index.pts[~index.hidden]
     if (times == NO_PTS).any():
         raise VideoRefused("no_timestamps", f"{int((times == NO_PTS).sum())} of {len(times)} packets carry no presentation time")
@@ -206,7 +214,7 @@ def _decode_all(file: Any, facts: dict[str, Any], shown: np.ndarray, survey: Sur
     """Every frame, in order; their times must be those of the index."""
     times = []
     with _opened(file, max_streams) as (container, _), _decoding(container, facts) as stream:
-        for frame in container.decode(stream):
+        for frame in _frames(container, stream):
             _check_frame(frame, facts, first=not times)
             times.append(frame.pts)
             if survey:
@@ -225,7 +233,7 @@ def _decode_samples(file: Any, facts: dict[str, Any], shown: np.ndarray, keys: n
             if place:
                 container.seek(target, stream=stream, backward=True)
             count = 0
-            for frame in itertools.islice(container.decode(stream), SAMPLED_FRAMES):
+            for frame in itertools.islice(_frames(container, stream), SAMPLED_FRAMES):
                 _check_frame(frame, facts, first=not place and not count)
                 count += 1
                 if frame.pts not in times:
@@ -245,6 +253,14 @@ def _decoding(container: av.container.InputContainer, facts: dict[str, Any]) -> 
         raise VideoRefused("limit_memory", str(error)) from error
     except av.error.FFmpegError as error:
         raise VideoRefused("undecodable", str(error)) from error
+
+
+def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """All frames from here on. Empty packets, by which Theora repeats a picture, are not in the index and not for the decoder."""
+    for packet in container.demux(stream):
+        if packet.size:
+            yield from packet.decode()
+    yield from stream.codec_context.decode(None)
 
 
 def _check_frame(frame: av.VideoFrame, facts: dict[str, Any], *, first: bool) -> None:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -35,7 +36,7 @@ def make_frames(num_frames: int, width: int = 96, height: int = 64, seed: int = 
 def encode(frames: np.ndarray, codec: str = "libx264", container: str = "mp4", pts: list[int] | None = None, rate: int = 30,
            options: dict[str, str] | None = None, container_options: dict[str, str] | None = None) -> bytes:  # fmt: skip
     """A real encoded video; `pts` in 1/rate seconds makes the frame rate variable."""
-    buffer = tempfile.TemporaryFile() if container_options else io.BytesIO()  # FFmpeg opens a faststart file again, by its name
+    buffer = tempfile.TemporaryFile() if container_options else io.BytesIO()  # noqa: SIM115 - faststart needs a name
     target = f"/proc/self/fd/{buffer.fileno()}" if container_options else buffer
     with av.open(target, "w", format=container, container_options=container_options or {}) as out:
         stream = out.add_stream(codec, rate=rate, options=options or {})
@@ -49,6 +50,17 @@ def encode(frames: np.ndarray, codec: str = "libx264", container: str = "mp4", p
         out.mux(stream.encode())
     buffer.seek(0)
     return buffer.read()
+
+
+def facts_of(data: bytes, validate: str = "none", **limits: int) -> SimpleNamespace:
+    """What probing tells about a file, with the times of its frames as `pts`. Raises VideoRefused."""
+    from pipelines import packet_index, sandbox
+    from pipelines.ingest_config import LimitsConfig
+
+    source = sandbox.Source(len(data), lambda start, stop: data[start:stop])
+    facts, _ = sandbox.probe(source, LimitsConfig(**limits), validate)
+    index = packet_index.decode(facts["blob"], facts["index_directory"])
+    return SimpleNamespace(**facts, index=index, pts=packet_index.shown(index))
 
 
 def make_corpus(folder: Path, count: int = 3) -> Path:
@@ -102,7 +114,7 @@ def reporter():
 def catalog_uri(corpus: Path, ray_session, reporter, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A catalog of the corpus."""
     from pipelines import ingest
-    from pipelines.config import IngestConfig
+    from pipelines.ingest_config import IngestConfig
 
     uri = str(tmp_path_factory.mktemp("catalog") / "c")
     ingest.run(IngestConfig(source=str(corpus), catalog=uri), reporter)

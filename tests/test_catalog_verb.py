@@ -207,7 +207,8 @@ def test_verify_tells_equal_different_and_gone(uri):
     assert "4 videos differ and 2 are gone, 1 are equal" in str(error)
     (table,) = [json.loads(line) for line in text.splitlines() if "not as the catalog says" in line]
     verdicts = {row["uri"].rpartition("/")[2]: row["verdict"] for row in table["rows"]}
-    assert verdicts == {"stream": "differs", "bytes": "differs", "bad": "differs", "new": "differs", "gone": "gone", "lost": "gone"}
+    differs, gone = dict.fromkeys(("stream", "bytes", "bad", "new"), "differs"), dict.fromkeys(("gone", "lost"), "gone")
+    assert verdicts == differs | gone
 
 
 def test_verify_compares_the_bytes_only_where_both_know_them(uri):

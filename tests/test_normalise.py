@@ -19,7 +19,7 @@ from pipelines import ingest_plan, normalise, storage
 from pipelines.catalog_schema import item_id
 from pipelines.errors import UsageError
 from pipelines.ingest_plan import Corpus, Cost, PlanOptions
-from pipelines.transcode import Settings, scaled_size, transcode
+from pipelines.transcode import Settings, _ticks, scaled_size, transcode
 from pipelines.video import VideoRefused, decode_clip
 
 SMALL = Settings(short_side=32)
@@ -67,7 +67,7 @@ SOURCES = {
     "vp8": {"codec": "libvpx", "container": "webm"},
     "mpeg4_avi": {"codec": "mpeg4", "container": "avi"},
     "transport_stream": {"container": "mpegts", "options": {"bf": "2"}},
-    "one_tick_a_second": {"pts": list(range(0, 140, 2)), "rate": 1},
+    "one_tick_a_second": {"codec": "mpeg4", "container": "avi", "rate": 1},
 }
 
 
@@ -188,6 +188,19 @@ def test_other_frame_counts_and_damage_are_refused():
         transcode(io.BytesIO(source), stream=3)
     with pytest.raises(VideoRefused, match="pixels"):
         transcode(io.BytesIO(source), stream=0, max_pixels=100)
+
+
+@given(st.integers(1, 1001), st.integers(1, 2**31 - 1))
+def test_ticks_are_whole_numbers_of_every_time_base_and_fine_enough(numerator, denominator):
+    time_base = Fraction(numerator, denominator)
+    per_second, per_unit = _ticks(time_base)
+    assert Fraction(per_unit, per_second) == time_base
+    assert 10_000 <= per_second < 2**31
+
+
+def test_time_bases_finer_than_mp4_are_refused():
+    with pytest.raises(VideoRefused, match="ticks per second"):
+        _ticks(Fraction(1, 2**31))
 
 
 def test_a_part_begins_at_the_key_frame_before_it():

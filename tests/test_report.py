@@ -13,10 +13,14 @@ import pytest
 import yaml
 
 from jepa_core.positions import Grid
-from pipelines import catalog, report, report_figures, video
+from pipelines import catalog, report, report_figures, storage
+from pipelines.catalog_schema import CURRENT, QUARANTINE, QUARANTINE_SCHEMA, VIDEO_SCHEMA, VIDEOS, item_id
 from pipelines.config import ReportConfig
 from pipelines.errors import InputRefused
+from pipelines.ingest_scan import TODO_SCHEMA
+from pipelines.ingest_tasks import Job, probe_items
 from pipelines.progress import Reporter
+from pipelines.video import tubelets
 
 HOSTILE = '<script>alert("x")</script>$x$'
 PROVENANCE = {"started": "2026-01-02T03:04:05Z", "git": "abc1234", "python": "3.11", "versions": {"ray": "2.60.0"}}
@@ -55,23 +59,17 @@ def tiny_mp4(path: Path, size: int = 48) -> None:
 
 
 def write_catalog(folder: Path, uri: Path) -> str:
-    facts = video.probe(uri.open("rb"))
-    row = {
-        "uri": str(uri), "source": str(folder), "size": uri.stat().st_size, "etag": "e", "digest": facts.digest,
-        "container": facts.container, "codec": facts.codec, "pix_fmt": facts.pix_fmt, "width": facts.width,
-        "height": facts.height, "rotation": 0, "stream": facts.stream, "num_frames": len(facts.pts),
-        "duration": facts.duration, "time_base_num": facts.time_base.numerator,
-        "time_base_den": facts.time_base.denominator, "pts": facts.pts.tolist(),
-    }  # fmt: skip
-    refused = {"uri": f"/raw/{HOSTILE}.mp4", "source": str(folder), "size": 3, "etag": "e", "reason": "not_a_video",
-               "stage": "probe", "detail": HOSTILE}  # fmt: skip
     ref = catalog.CatalogRef(str(folder / "catalog"), None)
-    for name, rows, schema in (
-        ("videos", [row], catalog.VIDEO_SCHEMA),
-        ("quarantine", [refused], catalog.QUARANTINE_SCHEMA),
-    ):
-        catalog.replace_source(ref, name, str(folder), [pa.RecordBatch.from_pylist(rows, schema=schema)], schema)
-    return f"{ref.uri}@0"
+    info = storage.stat_many([str(uri)])[str(uri)]
+    item = {"id": item_id(info.uri, "", 0, info.size, info.etag), "uri": info.uri, "member": "", "offset": 0, "size": info.size,
+            "etag": info.etag}  # fmt: skip
+    rows = probe_items(pa.Table.from_pylist([item], TODO_SCHEMA), Job(ref.uri, str(folder), "r", "sample"))
+    refused = {**item, "uri": f"/raw/{HOSTILE}.mp4", "id": "0" * 32, "source": str(folder), "reason": "not_a_video",
+               "stage": "probe", "detail": HOSTILE, "status": CURRENT, "run": "r"}  # fmt: skip
+    writer = catalog.Writer(ref, "r")
+    writer.append(QUARANTINE, pa.Table.from_pylist([refused], QUARANTINE_SCHEMA))
+    writer.append(VIDEOS, rows.select(VIDEO_SCHEMA.names).cast(VIDEO_SCHEMA))
+    return str(catalog.pin(ref))
 
 
 def pretrain_run(folder: Path, catalog_ref: str, steps: int = 20) -> Path:
@@ -223,7 +221,7 @@ def test_pictures_and_films_are_inlined(demo: tuple[Path, dict, str]) -> None:
 def test_clip_frames_undo_tubelets_and_strips_tint_targets_only() -> None:
     frames = np.random.default_rng(0).integers(0, 255, (4, 48, 48, 3), dtype=np.uint8)
     grid = Grid(2, 3, 3)
-    assert (report_figures.clip_frames(video.tubelets(frames), grid) == frames).all()
+    assert (report_figures.clip_frames(tubelets(frames), grid) == frames).all()
 
     import matplotlib.image
 

@@ -2,8 +2,10 @@
 
 import io
 import os
+import signal
 import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ def hostile(file, *, deed):
         sandbox_child.send(file._channel, sandbox_child.RESULT, sandbox_child.pack_result({"n": 1}))
         time.sleep(3600)
     if deed == "open":
-        open("/etc/hostname")
+        os.open("/etc/hostname", os.O_RDONLY)
     if deed == "connect":
         socket.socket()
     if deed == "write":
@@ -119,6 +121,35 @@ def test_a_process_that_answers_and_stays_is_killed(box, monkeypatch):
     monkeypatch.setattr(sandbox, "GRACE_S", 0.2)
     assert box.call("hostile", source(b"x"), QUICK, {"deed": "linger"})[0] == {"n": 1}
     assert box.call("hostile", source(b"abc"), QUICK, {"deed": "read"})[0]["data"] == b"abc"
+
+
+@pytest.mark.parametrize("whom", ["child", "parent"])
+def test_a_process_that_somebody_kills_is_tried_again(whom):
+    reads = []
+
+    def read(start, stop):
+        reads.append(start)
+        if len(reads) == 1:
+            zygote = sandbox._current._process.pid
+            (child,) = Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split()
+            os.kill(int(child) if whom == "child" else zygote, signal.SIGKILL)
+        return data[start:stop]
+
+    data = encode(make_frames(6))
+    values, _ = sandbox.call("probe", sandbox.Source(len(data), read), LimitsConfig(), validate="none", **FACTS)
+    assert values["num_frames"] == 6
+
+
+def test_a_file_whose_process_is_killed_every_time_is_refused():
+    def read(start, stop):
+        zygote = sandbox._current._process.pid
+        (child,) = Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        return bytes(stop - start)
+
+    with pytest.raises(VideoRefused) as caught:
+        sandbox.call("probe", sandbox.Source(100_000, read), LimitsConfig(), validate="none", **FACTS)
+    assert (caught.value.reason, "killed 3 times" in caught.value.detail) == ("limit_memory", True)
 
 
 def test_the_child_sees_no_credentials(box):

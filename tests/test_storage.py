@@ -82,6 +82,7 @@ def test_every_kind_of_fault_is_survived_alone(s3, kind):
 @pytest.mark.parametrize("kinds", [("503",), ("reset",), ("stall",), ("truncate",)])
 def test_an_outage_ends_by_the_deadline(s3, monkeypatch, kinds):
     monkeypatch.setattr(storage_s3, "DEADLINE_S", 1.0)
+    monkeypatch.setattr(storage_s3, "SLOWEST_BYTES_PER_S", 1 << 40)
     s3.kinds, s3.rate, s3.objects["bucket", "tiny"] = kinds, 1.0, b"x"  # of one byte nothing arrives when its body is cut
     tiny, big = "s3://bucket/tiny", len(DATA)
     calls = [
@@ -94,7 +95,7 @@ def test_an_outage_ends_by_the_deadline(s3, monkeypatch, kinds):
         lambda: storage.write_bytes(tiny, b"new"),
         lambda: storage.write_bytes(tiny, bytes(big)),
         lambda: storage.check_bucket(tiny),
-        lambda: storage.delete([tiny]),
+        lambda: storage.delete(["s3://bucket/other"]),
     ]
 
     def ends(call):
@@ -148,7 +149,6 @@ def test_over_tls_one_request_suffices(s3, monkeypatch):
         def startswith(self, prefix, *rest):
             return True if prefix == "https://" else super().startswith(prefix, *rest)
 
-    monkeypatch.setattr(storage_s3.client().meta, "_endpoint_url", Tls(s3.endpoint), raising=False)
     monkeypatch.setattr(type(storage_s3.client().meta), "endpoint_url", property(lambda meta: Tls(s3.endpoint)))
     assert storage.read_range(URI, 10, 20) == DATA[10:20]
     assert s3.total_requests("GET") == 1
@@ -237,7 +237,7 @@ def test_round_trip_errors_and_slices(root):
     with pytest.raises(storage.ObjectChanged):
         storage.open_file(uri, etag="0" * 32)
     storage.delete([uri, uri + "y"])
-    assert not storage.exists(root)
+    assert not storage.exists(uri)
 
 
 def test_slices_are_files_of_their_own(root):
@@ -378,13 +378,13 @@ def write(number):
     return work
 server = SeparateS3.at(sys.argv[1])
 storage.retrying(attempt(write(0)))
-server.set(rate=0.2, flips="^$", stall_s=0.8)
-for number in range(1, 6):
+server.set(rate=0.2, flips="^$", stall_s=0.6)
+for number in range(1, 4):
     storage.retrying(attempt(write(number)))
-assert sum(server.counts()["faults"].values()) > 3
+assert sum(server.counts()["faults"].values()) > 1
 server.set(rate=0)
 rows = DeltaTable("s3://bucket/t", storage_options=storage.delta_options("s3://bucket/t")).to_pyarrow_table()["a"].to_pylist()
-assert sorted(rows) == list(range(6)), rows
+assert sorted(rows) == list(range(4)), rows
 server.set(rate=1, kinds=["503"])
 before = time.monotonic()
 try:
@@ -395,7 +395,7 @@ else:
     raise AssertionError("read during an outage")
 """
     with SeparateS3() as server:
-        settings = {"JEPA_STORAGE_TIMEOUT_S": "0.5", "JEPA_STORAGE_DEADLINE_S": "4", "PYTHONPATH": os.pathsep.join(sys.path)}
+        settings = {"JEPA_STORAGE_TIMEOUT_S": "0.5", "JEPA_STORAGE_DEADLINE_S": "3", "PYTHONPATH": os.pathsep.join(sys.path)}
         result = subprocess.run([sys.executable, "-c", code, server.endpoint], env={**os.environ, **server.env(), **settings},
                                 capture_output=True, text=True)  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -475,7 +475,7 @@ def test_block_reader_reads_ahead_only_forwards():
         asked.append((start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)))
         return (DATA * 12)[start:stop]
 
-    size = 40 * BLOCK_BYTES
+    size = 36 * BLOCK_BYTES
     file = BlockReader(fetch, size)
     for number in (0, 1, 2, 3):
         file.seek(number * BLOCK_BYTES)
