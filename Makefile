@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench-core system clean
+.PHONY: demo test check bench-core bench-ingest bench-scale fuzz system clean
 
 demo: $(INSTALLED) system
 	$(BIN)/jepa demo dir=runs/demo
@@ -20,6 +20,18 @@ check: $(INSTALLED)
 # One pretraining step against transformers' layers, and against a reference checkout: make bench-core ARGS="--reference PATH"
 bench-core: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_core.py $(ARGS)
+
+# Requests, bytes and files per second of ingestion by container, and how it scales: make bench-ingest ARGS="--endpoint URL"
+bench-ingest: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_ingest.py $(ARGS)
+
+# Catalogs of 0.1, 1 and 10 million videos: re-scan, epoch plan, diff, sample. Takes 20 GB of disk and half an hour.
+bench-scale: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_scale.py $(ARGS)
+
+# 10,000 hostile files; `make test` reads 500 of them.
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/bench/fuzz.py --count 10000 --seed 0 $(ARGS)
 
 # Headless OpenGL for the simulated robot; says what to install where it cannot do so itself.
 system: $(INSTALLED)

@@ -6,10 +6,10 @@ made from as a Delta application transaction, and a writer that was overtaken re
 `URI@version` pins a version of `videos`; the commit carries the version of `quarantine` that belongs to it.
 """
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import deltalake
 import numpy as np
@@ -38,8 +38,8 @@ TRANSACTION = "jepa-catalog"
 QUARANTINE_VERSION = "jepa.quarantine_version"
 RUN = "jepa.run"
 UPDATED_AT_ONCE = 10_000
-MAX_OVERTAKEN = 100
-"""Commits of others that one commit gives way to before it says that the catalog is too busy."""
+"""Rows that one commit of `update` names."""
+T = TypeVar("T")
 
 
 def parse_ref(text: str) -> CatalogRef:
@@ -52,6 +52,7 @@ def parse_ref(text: str) -> CatalogRef:
 
 def pin(ref: CatalogRef) -> CatalogRef:
     """The same reference with its version filled in. Raises InputRefused when there is no such catalog or version."""
+    storage.check_bucket(ref.uri)
     return CatalogRef(ref.uri, open_table(ref, VIDEOS).version())
 
 
@@ -80,9 +81,9 @@ def batches(
     """A table's rows in batches, with the memory of a few row groups. `columns` may be expressions by name."""
     dataset = open_table(ref, name).to_pyarrow_dataset()
     columns = columns if columns is None or isinstance(columns, dict) else list(columns)
-    scanner = dataset.scanner(columns=columns, filter=filter, batch_readahead=2, fragment_readahead=1)
-    with _explained(ref.uri):
-        yield from scanner.to_batches()
+    for fragment in dataset.get_fragments(filter=filter):
+        scanner = fragment.scanner(schema=dataset.schema, columns=columns, filter=filter)
+        yield from _retried(ref.uri, scanner.to_table).to_batches()
 
 
 def read(ref: CatalogRef, name: str, columns: Sequence[str] | None = None, filter: pc.Expression | None = None) -> pa.Table:
@@ -144,16 +145,20 @@ def compact(ref: CatalogRef) -> dict[str, int]:
     """Rewrite small files of all tables into large ones; every version stays readable. Returns files removed and added."""
     removed = added = 0
     for name in SCHEMAS:
-        table = _open(ref, name, None)
-        metadata = table.history(1)[0]
-        kept = {key: metadata[key] for key in (RUN, QUARANTINE_VERSION) if key in metadata}
-        with _explained(ref.uri):
-            # No transaction: moving rows to other files does not make a concurrent ingest wrong.
-            metrics = table.optimize.compact(commit_properties=CommitProperties(custom_metadata=kept))
-            table.create_checkpoint()
+        metrics = _retried(ref.uri, partial(_compact, ref, name))
         removed += metrics["numFilesRemoved"]
         added += metrics["numFilesAdded"]
     return {"files_removed": removed, "files_added": added}
+
+
+def _compact(ref: CatalogRef, name: str) -> dict[str, int]:
+    table = _open(ref, name, None)
+    metadata = table.history(1)[0]
+    kept = {key: metadata[key] for key in (RUN, QUARANTINE_VERSION) if key in metadata}
+    # No transaction: moving rows to other files does not make a concurrent ingest wrong.
+    metrics = table.optimize.compact(commit_properties=CommitProperties(custom_metadata=kept))
+    table.create_checkpoint()
+    return metrics
 
 
 def vacuum(ref: CatalogRef, retention_hours: float, *, dry_run: bool = False) -> dict[str, int]:
@@ -161,8 +166,8 @@ def vacuum(ref: CatalogRef, retention_hours: float, *, dry_run: bool = False) ->
     removed = {}
     for name in SCHEMAS:
         table = _open(ref, name, None)
-        with _explained(ref.uri):
-            removed[name] = len(table.vacuum(int(retention_hours), dry_run=dry_run, enforce_retention_duration=False, full=True))
+        clean = partial(table.vacuum, int(retention_hours), dry_run=dry_run, enforce_retention_duration=False, full=True)
+        removed[name] = len(_retried(ref.uri, clean))
     named = {pack.as_py() for batch in batches(CatalogRef(ref.uri, None), VIDEOS, ["index_pack"]) for pack in pc.unique(batch[0])}
     unnamed = [
         i for i in storage.list_files(storage.join(ref.uri, PACKS), missing_ok=True) if i.uri.rpartition("/")[2] not in named
@@ -183,80 +188,73 @@ class Writer:
         """Table -> its version, as long as nobody else has written since the caller read it."""
         for name, schema in SCHEMAS.items():
             uri = storage.join(self.ref.uri, name)
-            with _explained(self.ref.uri):
-                DeltaTable.create(uri, schema, mode="ignore", storage_options=storage.delta_options(uri))
+            create = partial(DeltaTable.create, uri, schema, mode="ignore", storage_options=storage.delta_options(uri))
+            _retried(self.ref.uri, create)
 
     def seen(self, name: str) -> None:
         """The caller has read the newest version of this table and leaves out what it holds."""
         self._alone[name] = _open(self.ref, name, None).version()
 
     def append(self, name: str, rows: pa.Table) -> int:
-        """Add rows with new ids; ids that another run committed meanwhile are left out. Returns how many were added."""
-        for _ in range(MAX_OVERTAKEN):
-            table = _open(self.ref, name, None)
-            before = table.version()
-            if before != self._alone.get(name):
-                self._alone.pop(name, None)  # for good: what the caller read is no longer what the table holds
-            fresh = rows if name in self._alone else _without_committed(table, rows)
-            if not len(fresh):
-                return 0
-            try:
-                with _explained(self.ref.uri):
-                    properties = _properties(before, self._metadata(name))
-                    deltalake.write_deltalake(table, fresh, mode="append", commit_properties=properties)
-            except _Overtaken:
-                continue
-            if name in self._alone:
-                self._alone[name] = before + 1
-            return len(fresh)
-        raise Retryable(f"{self.ref.uri}: {MAX_OVERTAKEN} commits of other ingests came first: run this one again")
+        """Add rows with new keys; what another run committed meanwhile is left out. Returns how many stand there by this run."""
+        return _retried(self.ref.uri, lambda: self._append(name, rows))
+
+    def _append(self, name: str, rows: pa.Table) -> int:
+        table = _open(self.ref, name, None)
+        before = table.version()
+        if before != self._alone.pop(name, None):
+            alone, fresh, ours = False, *self._uncommitted(table, KEYS[name], rows)
+        else:
+            alone, fresh, ours = True, rows, 0
+        if len(fresh):
+            properties = _properties(before, self._metadata(name))
+            deltalake.write_deltalake(table, fresh, mode="append", commit_properties=properties)
+        if alone:  # otherwise never again: the caller does not know what the others have written
+            self._alone[name] = before + 1
+        return len(fresh) + ours
+
+    def _uncommitted(self, table: DeltaTable, key: str, rows: pa.Table) -> tuple[pa.Table, int]:
+        """The rows whose keys the table does not hold; and how many of the others this run has committed itself.
+
+        The latter happens when the answer to a commit was lost.
+        """
+        columns = list(dict.fromkeys([key, "run"]))
+        scanner = table.to_pyarrow_dataset().scanner(columns=columns, filter=pc.field(key).isin(rows[key].combine_chunks()))
+        found = scanner.to_table()
+        ours = pc.sum(pc.equal(found["run"], self.run)).as_py() or 0
+        return rows.filter(pc.invert(pc.is_in(rows[key], found[key].combine_chunks()))), ours
 
     def update(self, name: str, changes: pa.Table) -> None:
         """Set the columns of `changes` in the rows with the same id (`runs`: the same run); many take several commits."""
         for start in range(0, len(changes), UPDATED_AT_ONCE):
-            self._update(name, changes.slice(start, UPDATED_AT_ONCE))
+            _retried(self.ref.uri, partial(self._update, name, changes.slice(start, UPDATED_AT_ONCE)))
 
     def _update(self, name: str, changes: pa.Table) -> None:
         key = KEYS[name]
         names = changes[key].combine_chunks().cast(pa.string())
         listed = ", ".join("'" + text.replace("'", "''") + "'" for text in names.to_pylist())
-        for _ in range(MAX_OVERTAKEN):
-            table = _open(self.ref, name, None)
-            before = table.version()
-            with _explained(self.ref.uri):
-                rows = table.to_pyarrow_dataset().to_table(filter=pc.field(key).isin(names)).cast(SCHEMAS[name])
-            places = pc.index_in(rows[key], names)
-            for column in changes.column_names:
-                field = rows.schema.field(column)
-                rows = rows.set_column(rows.schema.get_field_index(column), field, changes[column].cast(field.type).take(places))
-            properties = _properties(before, self._metadata(name))
-            try:
-                with _explained(self.ref.uri):
-                    # Not Delta's merge: it writes Arrow's string views, which pyarrow cannot compare when it reads with a filter.
-                    deltalake.write_deltalake(
-                        table, rows, mode="overwrite", predicate=f"{key} in ({listed})", commit_properties=properties
-                    )
-            except _Overtaken:
-                continue
-            if self._alone.get(name) == before:
-                self._alone[name] = before + 1
-            return
-        raise Retryable(f"{self.ref.uri}: {MAX_OVERTAKEN} commits of other ingests came first: run this one again")
+        table = _open(self.ref, name, None)
+        before = table.version()
+        rows = table.to_pyarrow_dataset().to_table(filter=pc.field(key).isin(names)).cast(SCHEMAS[name])
+        places = pc.index_in(rows[key], names)
+        for column in changes.column_names:
+            field = rows.schema.field(column)
+            rows = rows.set_column(rows.schema.get_field_index(column), field, changes[column].cast(field.type).take(places))
+        alone = self._alone.pop(name, None) == before
+        # Not Delta's merge: it writes Arrow's string views, which pyarrow cannot compare when it reads with a filter.
+        deltalake.write_deltalake(
+            table,
+            rows,
+            mode="overwrite",
+            predicate=f"{key} in ({listed})",
+            commit_properties=_properties(before, self._metadata(name)),
+        )
+        if alone:
+            self._alone[name] = before + 1
 
     def _metadata(self, name: str) -> dict[str, str]:
         extra = {QUARANTINE_VERSION: str(_open(self.ref, QUARANTINE, None).version())} if name == VIDEOS else {}
         return {RUN: self.run, **extra}
-
-
-class _Overtaken(Exception):
-    """Another commit came first."""
-
-
-def _without_committed(table: DeltaTable, rows: pa.Table) -> pa.Table:
-    if "id" not in rows.column_names:
-        return rows
-    scanner = table.to_pyarrow_dataset().scanner(columns=["id"], filter=pc.field("id").isin(rows["id"].combine_chunks()))
-    return rows.filter(pc.invert(pc.is_in(rows["id"], scanner.to_table()["id"].combine_chunks())))
 
 
 def _properties(before: int, metadata: dict[str, str]) -> CommitProperties:
@@ -276,22 +274,31 @@ def _cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 def _open(ref: CatalogRef, name: str, version: int | None) -> DeltaTable:
     uri = storage.join(ref.uri, name)
-    storage.check_bucket(uri)
-    try:
-        return DeltaTable(uri, version=version, storage_options=storage.delta_options(uri))
-    except deltalake.exceptions.TableNotFoundError as error:
-        raise InputRefused(f"{ref.uri} holds no catalog: run `jepa ingest source=... catalog={ref.uri}` first") from error
-    except (deltalake.exceptions.DeltaError, OSError) as error:
-        if version is not None:
-            raise UsageError(f"{ref}: no such version ({error}): leave @{ref.version} out for the newest") from error
-        raise Retryable(f"{ref.uri}: the catalog could not be read ({error})") from error
+
+    def attempt() -> DeltaTable:
+        try:
+            table = DeltaTable(uri, storage_options=storage.delta_options(uri))
+            if version is not None and version > table.version():
+                raise UsageError(f"{ref}: no such version: the newest is @{table.version()}; leave it out for the newest")
+            return table if version is None else DeltaTable(uri, version=version, storage_options=storage.delta_options(uri))
+        except deltalake.exceptions.TableNotFoundError as error:
+            raise InputRefused(f"{ref.uri} holds no catalog: run `jepa ingest source=... catalog={ref.uri}` first") from error
+
+    return _retried(ref.uri, attempt)
 
 
-@contextlib.contextmanager
-def _explained(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except deltalake.exceptions.CommitFailedError as error:
-        raise _Overtaken(str(error)) from error
-    except (deltalake.exceptions.DeltaError, OSError) as error:
-        raise Retryable(f"{uri}: the catalog did not answer ({error}): run the same command again") from error
+def _retried(uri: str, attempt: Callable[[], T]) -> T:
+    """`attempt()`, again when another commit came first or the store failed, until the deadline: so it must be harmless twice.
+
+    Raises Retryable at the deadline.
+    """
+
+    def explained() -> T:
+        try:
+            return attempt()
+        except (deltalake.exceptions.DeltaError, OSError) as error:
+            raise Retryable(
+                f"{uri}: the catalog did not answer, or others keep writing to it ({error}): run this again"
+            ) from error
+
+    return storage.retrying(explained)

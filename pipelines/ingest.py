@@ -42,6 +42,7 @@ from pipelines.ingest_tasks import RESULT_SCHEMA, Job, list_members, probe_items
 from pipelines.progress import Reporter
 
 COMMIT_SECONDS = 60.0
+PROGRESS_SECONDS = 1.0
 WAVE_ITEMS = 65_536
 """Items that one execution of Ray Data plans at once: the driver's memory does not grow with the source."""
 LEVELS = ("none", "sample", "full")
@@ -142,7 +143,8 @@ class _Ingest:
         job = Job(self.ref.uri, self.source, self.name, self.validate, config.curation, config.limits)
         compute = ray.data.TaskPoolStrategy(size=config.tasks) if config.tasks else None
         self.reporter.start("ingest", len(work.todo), "items")
-        waiting, rows, done, since = [], 0, 0, time.monotonic()
+        waiting, rows, done = [], 0, 0
+        since = told = time.monotonic()
         for wave in range(0, len(work.todo), WAVE_ITEMS):
             items = work.todo.slice(wave, WAVE_ITEMS)
             blocks = [items.slice(start, config.files_per_task) for start in range(0, len(items), config.files_per_task)]
@@ -153,7 +155,9 @@ class _Ingest:
                 waiting.append(pa.table(batch))
                 rows += len(batch)
                 done += len(batch)
-                self.reporter.advance(done, refused=self.counts["refused"])
+                if time.monotonic() - told > PROGRESS_SECONDS:
+                    self.reporter.advance(done, refused=self.counts["refused"])
+                    told = time.monotonic()
                 if rows >= config.commit_every or time.monotonic() - since > COMMIT_SECONDS:
                     self._commit(pa.concat_tables(waiting), work)
                     waiting, rows, since = [], 0, time.monotonic()

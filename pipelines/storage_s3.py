@@ -360,7 +360,7 @@ def listing_bounds(uri: str) -> list[str]:
         for _ in range(LISTING_DEPTH):
             level = [name for names in pool.map(folders, level) for name in names]
             found += level
-            if not level or len(found) >= LISTING_RANGES:
+            if not level or len(found) >= 2 * THREADS:
                 break
     found.sort()
     return found[:: -(-len(found) // LISTING_RANGES) or 1]

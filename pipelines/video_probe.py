@@ -217,7 +217,7 @@ def _decode_all(file: Any, facts: dict[str, Any], shown: np.ndarray, survey: Sur
         for frame in _frames(container, stream):
             _check_frame(frame, facts, first=not times)
             times.append(frame.pts)
-            if survey:
+            if survey and survey.wants(frame.pts):
                 survey.add(frame.pts, _small(frame))
     if len(times) != len(shown) or times != shown.tolist():
         raise VideoRefused("frame_count", f"{len(times)} frames decode, {len(shown)} stand in the packets, or at other times")
@@ -273,7 +273,7 @@ def _check_frame(frame: av.VideoFrame, facts: dict[str, Any], *, first: bool) ->
 def _small(frame: av.VideoFrame) -> np.ndarray:
     scale = min(1.0, SURVEY_SIDE / max(frame.width, frame.height))
     width, height = max(2, round(frame.width * scale)), max(2, round(frame.height * scale))
-    return frame.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray()
+    return np.rot90(frame.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray(), int(frame.rotation) % 360 // 90)
 
 
 def _finish(facts: dict[str, Any], index: PacketIndex, shown: np.ndarray) -> dict[str, Any]:

@@ -140,6 +140,7 @@ class FaultyS3:
         self.requests.clear()
         self.bytes_sent.clear()
         self.faults.clear()
+        self._attempts.clear()
 
     def total_requests(self, method: str = "") -> int:
         return sum(count for (name, _), count in self.requests.items() if not method or name == method)

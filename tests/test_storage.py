@@ -22,18 +22,27 @@ URI = "s3://bucket/raw/clip.mp4"
 NAME = ("bucket", "raw/clip.mp4")
 
 
+@pytest.fixture(scope="module")
+def server():
+    with FaultyS3() as server:  # one for all: a new endpoint costs a new client
+        yield server
+
+
 @pytest.fixture
-def s3(monkeypatch):
-    """A server without faults, and clients that lose patience quickly."""
+def s3(server, monkeypatch):
+    """A server without faults and with one object, and clients that lose patience quickly."""
     monkeypatch.setattr(storage_s3, "READ_TIMEOUT_S", 0.3)
     monkeypatch.setattr(storage_s3, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(storage_s3, "DEADLINE_S", 20.0)
-    with FaultyS3(stall_s=0.6) as server:
-        for name, value in server.env().items():
-            monkeypatch.setenv(name, value)
-        server.objects[NAME] = DATA
-        storage.reset_counters()
-        yield server
+    for name, value in server.env().items():
+        monkeypatch.setenv(name, value)
+    server.seed, server.rate, server.kinds, server.stall_s, server.applies, server.md5_tags = 0, 0.0, KINDS, 0.6, "", True
+    server.uploads.clear()
+    server.objects.clear()
+    server.objects[NAME] = DATA
+    server.reset_counts()
+    storage.reset_counters()
+    return server
 
 
 @pytest.fixture(params=["local", "s3"])
