@@ -122,9 +122,12 @@ def video_of_sample(seed: int, n: int, num_videos: int, attempt: int = 0) -> int
     return int(_permutation(seed, epoch, num_videos)[position])
 
 
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, num_videos: int) -> np.ndarray:
+def epoch_order(seed: int, epoch: int, num_videos: int) -> np.ndarray:
+    """Rows of the catalog in the order in which one epoch shows them: a permutation, int64 [num_videos]."""
     return generator(seed, Stream.ORDER, epoch).permutation(num_videos)
+
+
+_permutation = lru_cache(maxsize=4)(epoch_order)
 
 
 def clip_frames(pts_seconds: np.ndarray, num_frames: int, fps: float, u: float) -> np.ndarray:

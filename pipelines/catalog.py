@@ -33,6 +33,9 @@ from pipelines.errors import InputRefused, Retryable, UsageError
 
 KEYS = {VIDEOS: "id", QUARANTINE: "id", RUNS: "run"}
 SCHEMAS = {VIDEOS: VIDEO_SCHEMA, QUARANTINE: QUARANTINE_SCHEMA, RUNS: RUN_SCHEMA}
+KEPT = (pc.field("status") == CURRENT) & pc.field("keep")
+"""Rows of `videos` that training reads."""
+ORDER = ("uri", "member", "offset")
 TRANSACTION = "jepa-catalog"
 """Delta application id of our commits: two commits made from the same version conflict."""
 QUARANTINE_VERSION = "jepa.quarantine_version"
@@ -94,11 +97,15 @@ def read(ref: CatalogRef, name: str, columns: Sequence[str] | None = None, filte
 
 def read_videos(ref: CatalogRef, columns: Sequence[str] | None = None) -> pa.Table:
     """The videos that training sees, ordered by (uri, member, offset): the row number is what a sample plan refers to."""
-    order = ("uri", "member", "offset")
-    wanted = list(dict.fromkeys([*columns, *order])) if columns else None
-    rows = read(ref, VIDEOS, wanted, (pc.field("status") == CURRENT) & pc.field("keep"))
-    rows = rows.sort_by([(name, "ascending") for name in order])
+    wanted = list(dict.fromkeys([*columns, *ORDER])) if columns else None
+    rows = read(ref, VIDEOS, wanted, KEPT)
+    rows = rows.take(video_order(rows))
     return rows.select(list(columns)) if columns else rows
+
+
+def video_order(rows: pa.Table) -> pa.Array:
+    """Row numbers, uint64, in the order of `read_videos`, of rows with the columns ORDER."""
+    return pc.sort_indices(rows, [(name, "ascending") for name in ORDER])
 
 
 def read_quarantine(ref: CatalogRef) -> pa.Table:

@@ -94,11 +94,11 @@ def history(ref: CatalogRef, count: int, reporter: Reporter) -> dict[str, Any]:
     for commit in commits:
         if commit["version"] <= ref.version:
             time = _cell(datetime.fromtimestamp(commit["timestamp"] / 1000, UTC))
-            operation = commit["operation"].lower()
-            if operation == "write":  # how catalog.Writer adds rows and changes them
-                operation = {"Append": "append", "Overwrite": "update"}[commit["operationParameters"]["mode"]]
-            count = commit.get("operationMetrics", {}).get("num_added_rows", 0)
-            added, changed = (0, count) if operation == "update" else (count, 0)
+            mode = commit.get("operationParameters", {}).get("mode")
+            # How catalog.Writer adds rows and changes them; other operations by Delta's own names.
+            operation = {"Append": "append", "Overwrite": "update"}.get(mode, commit["operation"].lower())
+            written = commit.get("operationMetrics", {}).get("num_added_rows", 0)
+            added, changed = (0, written) if operation == "update" else (written, 0)
             rows.append((commit["version"], time, commit.get(catalog.RUN, ""), operation, added, changed))
     reporter.table("versions", columns, rows)
     return {"catalog": str(ref), "versions": len(rows)}
@@ -121,7 +121,7 @@ def verify(ref: CatalogRef, count: int, seed: int, reprobe: Reprobe, reporter: R
     Raises InputRefused when one differs or is gone, after the table that names them.
     """
     ref = catalog.pin(ref)
-    total = catalog.open_table(ref, VIDEOS).to_pyarrow_dataset().count_rows(filter=STANDS)
+    total = sum(len(batch) for batch in catalog.batches(ref, VIDEOS, ["status"], STANDS))
     rows = _rows(ref, choose(ref, count, seed, STANDS)) if count else _all_rows(ref)
     counts, troubles = {"equal": 0, "differs": 0, "gone": 0}, []
     reporter.start("verify", min(count, total) if count else total, "videos")

@@ -97,7 +97,7 @@ class CatalogConfig:
 
 @dataclass(frozen=True)
 class NormaliseConfig:
-    """jepa normalise: re-encode a catalog's videos into shards that are ten times cheaper to decode, and catalogue those."""
+    """jepa normalise: re-encode a catalog's videos into shards that are several times cheaper to decode, and catalogue those."""
 
     catalog: str = MISSING
     out: str = MISSING

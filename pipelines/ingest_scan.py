@@ -82,24 +82,26 @@ def scan(
 
     def compare(items: pa.Table) -> None:
         nonlocal listed
-        names = item_ids.item_ids(items)
-        places = ids.positions(item_ids.words(names))
+        numbers = item_ids.item_numbers(items)
+        places = ids.positions(numbers)
         hit = places[places >= 0]
         seen[hit] = True
         fresh = places < 0
         fresh[places >= 0] = known.redo[hit]
         listed += len(items)
         if fresh.any():
-            todo.append(items.add_column(0, "id", names).filter(pa.array(fresh)))
+            names = pa.array(item_ids.text(numbers[fresh]), pa.string())
+            todo.append(items.filter(pa.array(fresh)).add_column(0, "id", names))
 
     for page in pages:
-        is_tar = np.array([sources.is_tar(uri) and not member for uri, member in _pairs(page)], bool)
+        is_tar = _tars(page)
         plain = page.filter(pa.array(~is_tar)) if is_tar.any() else page
         compare(plain)
+        if not is_tar.any():
+            continue
+        page = page.filter(pa.array(is_tar))
         new = np.zeros(len(page), bool)
-        refused_before = ids.positions(item_ids.words(item_ids.item_ids(page))) if is_tar.any() else None
-        for row in np.flatnonzero(is_tar):
-            place = int(refused_before[row])
+        for row, place in enumerate(ids.positions(item_ids.item_numbers(page)).tolist()):  # a tar that was refused has an id
             if place >= 0 and not known.redo[place]:
                 seen[place] = True
                 listed += 1
@@ -123,6 +125,13 @@ def scan(
     redone = {name: again & set(item_ids.text(known.numbers[known.redo & seen & (known.table == code)]))
               for code, name in enumerate(TABLES)}  # fmt: skip
     return Scan(found, refused, redone, marks, listed, int((seen & ~known.redo).sum()))
+
+
+def _tars(page: pa.Table) -> np.ndarray:
+    """Which rows name a tar to be expanded: `sources.is_tar` for a column, bool [n]."""
+    names = pc.utf8_lower(page["uri"])
+    ends = np.logical_or.reduce([pc.ends_with(names, suffix).to_numpy(zero_copy_only=False) for suffix in sources.TARS])
+    return ends & pc.equal(page["member"], "").to_numpy(zero_copy_only=False)
 
 
 def _pairs(page: pa.Table) -> Iterator[tuple[str, str]]:

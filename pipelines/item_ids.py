@@ -1,9 +1,10 @@
 """Millions of item ids at once: 32 hex digits as two 64-bit words, sets of them, and what two listings differ in."""
 
+from hashlib import blake2b
+
 import numpy as np
 import pyarrow as pa
-
-from pipelines.catalog_schema import item_id
+import pyarrow.compute as pc
 
 ID_DIGITS = 32
 _NIBBLE = np.full(256, 255, dtype=np.uint8)
@@ -11,9 +12,16 @@ _NIBBLE[np.frombuffer(b"0123456789abcdef", dtype=np.uint8)] = np.arange(16)
 
 
 def item_ids(items: pa.Table) -> pa.Array:
-    """Ids of rows of ITEM_SCHEMA, in order: string [len(items)]."""
-    columns = [items[name].to_pylist() for name in ("uri", "member", "offset", "size", "etag")]
-    return pa.array([item_id(*row) for row in zip(*columns, strict=True)], pa.string())
+    """`catalog_schema.item_id` of rows of ITEM_SCHEMA, in order: string [len(items)]."""
+    return pa.array(text(item_numbers(items)), pa.string())
+
+
+def item_numbers(items: pa.Table) -> np.ndarray:
+    """The same ids as numbers: uint64 [len(items), 2]."""
+    columns = [items[name].cast(pa.string()) for name in ("uri", "member", "offset", "size", "etag")]
+    hashed = pc.binary_join_element_wise(*columns, "\0").cast(pa.binary()).to_pylist()
+    digests = b"".join([blake2b(name, digest_size=ID_DIGITS // 2).digest() for name in hashed])
+    return np.frombuffer(digests, ">u8").reshape(-1, 2).astype(np.uint64)
 
 
 def words(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
@@ -39,29 +47,36 @@ def text(numbers: np.ndarray) -> list[str]:
 
 
 class IdSet:
-    """A fixed set of ids with constant memory of 24 bytes each. `positions` are those in the array it was made from."""
+    """A fixed set of ids with constant memory of some 28 bytes each. `positions` are those in the array it was made from.
+
+    Ids are hashes, so their first bits tell where in the sorted array to look, to within a few places.
+    """
 
     def __init__(self, numbers: np.ndarray) -> None:
         self._order = np.argsort(numbers[:, 0], kind="stable")
         self._high = numbers[self._order, 0]
         self._low = numbers[self._order, 1]
+        bits = max(1, len(numbers).bit_length() - 2)
+        self._shift = np.uint64(64 - bits)
+        self._first = np.searchsorted(self._high, np.arange(2**bits, dtype=np.uint64) << self._shift)
 
     def __len__(self) -> int:
         return len(self._high)
 
     def positions(self, numbers: np.ndarray) -> np.ndarray:
-        """Where each id of uint64 [n, 2] stands in the set's array: int64 [n], -1 for an id that the set does not hold."""
+        """Where each id of uint64 [n, 2] stands in the set's array: int64 [n], -1 for an id that the set does not hold.
+
+        Of an id that the array holds twice it is the first place.
+        """
         found = np.full(len(numbers), -1, dtype=np.int64)
-        if not len(self) or not len(numbers):
-            return found
-        first = np.searchsorted(self._high, numbers[:, 0], side="left")
-        after = np.searchsorted(self._high, numbers[:, 0], side="right")
-        once = after - first == 1
-        at = np.minimum(first, len(self) - 1)
-        hit = once & (self._low[at] == numbers[:, 1])
-        found[hit] = self._order[at[hit]]
-        for row in np.flatnonzero(after - first > 1):  # equal first words: two ids in 10**13 or the same id twice
-            places = np.flatnonzero(self._low[first[row] : after[row]] == numbers[row, 1])
-            if len(places):
-                found[row] = self._order[first[row] + places[0]]
+        rows = np.arange(len(numbers))
+        at = self._first[(numbers[:, 0] >> self._shift).astype(np.int64)]
+        while len(rows):  # once for each id of the fullest bucket that was asked for
+            inside = at < len(self)
+            rows, at = rows[inside], at[inside]
+            high, wanted = self._high[at], numbers[rows, 0]
+            hit = (high == wanted) & (self._low[at] == numbers[rows, 1])
+            found[rows[hit]] = self._order[at[hit]]
+            on = (high <= wanted) & ~hit
+            rows, at = rows[on], at[on] + 1
         return found

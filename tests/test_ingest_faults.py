@@ -42,7 +42,7 @@ def test_the_catalog_of_a_failing_store_is_that_of_a_sound_one(server, monkeypat
     sound = ingest(server, f"{CLEAN}-{validate}", f"validate={validate}")
     assert sound.returncode == 0, sound.stderr
     # Deltalake reads its own log and data without checksums of ours, so bytes flip in what we read: videos, and packet indices.
-    server.set(rate=0.2, kinds=list(KINDS), flips=r"raw/|/index/", stall_s=2.0)
+    server.set(rate=0.2, kinds=[*KINDS, "flip", "flip"], flips=r"raw/|/index/", stall_s=2.0)
     began, codes = time.monotonic(), []
     for _ in range(4):
         result = ingest(server, f"{FAULTY}-{validate}", f"validate={validate}", "files_per_task=2", "commit_every=4")

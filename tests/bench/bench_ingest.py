@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,13 +52,13 @@ CONTAINERS = {
     "mp4 index at end": ("mp4", {}),
     "mp4 fragmented": ("mp4", {"movflags": "frag_keyframe+empty_moov"}),
     "mkv": ("matroska", {}),
-    "webm (vp9)": ("webm", {}),
+    "webm": ("webm", {}),
 }
 ENCODERS = {
     "libx264": ("mp4", {"preset": "veryfast", "bf": "3", "g": "60", "threads": "1"}),
     "libvpx-vp9": ("webm", {"deadline": "realtime", "cpu-used": "8", "g": "60", "b": "400k", "threads": "1"}),
 }
-MOVIE_CODECS, WEB_CODECS = ("h264", "hevc"), ("vp8", "vp9", "av1")
+MOVIE_CODECS, WEB_CODECS = ("h264", "hevc"), ("vp8", "vp9")
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -129,7 +129,9 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=Path, help="a folder of videos instead of made ones: H.264, HEVC, VP8, VP9 or AV1")
+    parser.add_argument(
+        "--clips", type=Path, help="a folder of videos instead of made ones: MP4 (H.264, HEVC) and WebM (VP8, VP9)"
+    )
     parser.add_argument("--endpoint", help="an S3 store, credentials in AWS_*; a bucket is created there, and deleted again")
     parser.add_argument("--quick", action="store_true", help="half a minute: few short clips, one round")
     options = parser.parse_args()
@@ -154,7 +156,7 @@ def _clips(folder: Path | None, sizes: Sizes) -> dict[str, list[Clip]]:
             bases = [(f"{codec}-{seed:03}", data) for (codec, _, seed), data in zip(todo, made, strict=True)]
         found = {kind: [clip for base in bases if (clip := _remuxed(*base, kind))] for kind in CONTAINERS}
     if not all(found.values()):
-        raise SystemExit("--clips must hold at least one video in H.264 or HEVC and one in VP8, VP9 or AV1")
+        raise SystemExit("--clips must hold at least one MP4 in H.264 or HEVC and one WebM in VP8 or VP9")
     found[IMAGES] = [_image(clip, ("jpeg", "png")[index % 2]) for index, clip in enumerate(found[FASTSTART])]
     return found
 
@@ -183,7 +185,8 @@ def _made(codec: str, seconds: float, seed: int) -> bytes:
 def _is_known(path: Path) -> bool:
     try:
         with av.open(str(path)) as container:
-            return container.streams.video[0].codec_context.codec.canonical_name in MOVIE_CODECS + WEB_CODECS
+            movie = container.format.name.startswith("mov")  # H.264 from elsewhere may lack the header that an MP4 needs
+            return container.streams.video[0].codec_context.codec.canonical_name in (MOVIE_CODECS if movie else WEB_CODECS)
     except (av.error.FFmpegError, IndexError):
         return False
 
@@ -231,12 +234,12 @@ def _part_a(clips: dict[str, list[Clip]], endpoint: str | None, sizes: Sizes) ->
     rows, refused = [], set()
     with _store(endpoint) as (bucket, apart):
         work = {kind: _put(f"{bucket}/{kind.replace(' ', '-')}", mine) for kind, mine in clips.items()}
-        work[TAR], listing = _put_tar(f"{bucket}/clips.tar", clips[FASTSTART])
+        work[TAR], took = _put_tar(f"{bucket}/clips.tar", clips[FASTSTART])
         probe_item(work["mkv"][0].item, Job("", "", "", "none"))  # starts the sandbox
         for kind, todo in work.items():
             rows += [_measured(kind, level, todo, apart, sizes.least_s, refused) for level in LEVELS]
     _print_rows(rows)
-    print(listing)
+    print(f"Listing the tar's {len(work[TAR])} members took {took}.")
     broken = []
     for row in rows:
         if row.kind in (FASTSTART, TAR) and row.level == "none":
@@ -286,8 +289,8 @@ def _put_tar(uri: str, clips: list[Clip]) -> tuple[list[Work], str]:
     with _reads() as reads:
         members = sources.tar_members(uri, info.size, info.etag, (".mp4",)).to_pylist()
     movies = {clip.name: clip.movie for clip in clips}
-    listing = f"Listing the tar's {len(members)} members took {len(reads)} reads and {sum(reads) / 1e6:.2f} MB of {info.size / 1e6:.1f}."
-    return [Work(item | {"id": item["member"]}, movies[item["member"]]) for item in members], listing
+    took = f"{len(reads)} reads and {sum(reads) / 1e6:.2f} MB of {info.size / 1e6:.1f}"
+    return [Work(item | {"id": item["member"]}, movies[item["member"]]) for item in members], took
 
 
 @contextmanager
