@@ -7,6 +7,7 @@ made from as a Delta application transaction, and a writer that was overtaken re
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ import deltalake
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset
+import pyarrow.fs
 from deltalake import CommitProperties, DeltaTable, Transaction
 
 from pipelines import packet_index, storage
@@ -82,7 +85,7 @@ def batches(
     filter: pc.Expression | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """A table's rows in batches, with the memory of a few row groups. `columns` may be expressions by name."""
-    dataset = open_table(ref, name).to_pyarrow_dataset()
+    dataset = _dataset(ref, name, open_table(ref, name))
     columns = columns if columns is None or isinstance(columns, dict) else list(columns)
     for fragment in dataset.get_fragments(filter=filter):
         scanner = fragment.scanner(schema=dataset.schema, columns=columns, filter=filter)
@@ -173,7 +176,7 @@ def vacuum(ref: CatalogRef, retention_hours: float, *, dry_run: bool = False) ->
     removed = {}
     for name in SCHEMAS:
         table = _open(ref, name, None)
-        clean = partial(table.vacuum, int(retention_hours), dry_run=dry_run, enforce_retention_duration=False, full=True)
+        clean = partial(table.vacuum, math.ceil(retention_hours), dry_run=dry_run, enforce_retention_duration=False, full=True)
         removed[name] = len(_retried(ref.uri, clean))
     named = {pack.as_py() for batch in batches(CatalogRef(ref.uri, None), VIDEOS, ["index_pack"]) for pack in pc.unique(batch[0])}
     unnamed = [
@@ -210,7 +213,7 @@ class Writer:
         table = _open(self.ref, name, None)
         before = table.version()
         if before != self._alone.pop(name, None):
-            alone, fresh, ours = False, *self._uncommitted(table, KEYS[name], rows)
+            alone, fresh, ours = False, *self._uncommitted(table, name, rows)
         else:
             alone, fresh, ours = True, rows, 0
         if len(fresh):
@@ -220,13 +223,14 @@ class Writer:
             self._alone[name] = before + 1
         return len(fresh) + ours
 
-    def _uncommitted(self, table: DeltaTable, key: str, rows: pa.Table) -> tuple[pa.Table, int]:
+    def _uncommitted(self, table: DeltaTable, name: str, rows: pa.Table) -> tuple[pa.Table, int]:
         """The rows whose keys the table does not hold; and how many of the others this run has committed itself.
 
         The latter happens when the answer to a commit was lost.
         """
+        key = KEYS[name]
         columns = list(dict.fromkeys([key, "run"]))
-        scanner = table.to_pyarrow_dataset().scanner(columns=columns, filter=pc.field(key).isin(rows[key].combine_chunks()))
+        scanner = _dataset(self.ref, name, table).scanner(columns=columns, filter=pc.field(key).isin(rows[key].combine_chunks()))
         found = scanner.to_table()
         ours = pc.sum(pc.equal(found["run"], self.run)).as_py() or 0
         return rows.filter(pc.invert(pc.is_in(rows[key], found[key].combine_chunks()))), ours
@@ -242,7 +246,7 @@ class Writer:
         listed = ", ".join("'" + text.replace("'", "''") + "'" for text in names.to_pylist())
         table = _open(self.ref, name, None)
         before = table.version()
-        rows = table.to_pyarrow_dataset().to_table(filter=pc.field(key).isin(names)).cast(SCHEMAS[name])
+        rows = _dataset(self.ref, name, table).to_table(filter=pc.field(key).isin(names)).cast(SCHEMAS[name])
         places = pc.index_in(rows[key], names)
         for column in changes.column_names:
             field = rows.schema.field(column)
@@ -273,6 +277,12 @@ def _quarantine_version(ref: CatalogRef) -> int:
     log = storage.read_bytes(storage.join(ref.uri, VIDEOS, "_delta_log", f"{ref.version:020}.json"))
     actions = [json.loads(line) for line in log.splitlines()]
     return next((int(a["commitInfo"].get(QUARANTINE_VERSION, 0)) for a in actions if "commitInfo" in a), 0)
+
+
+def _dataset(ref: CatalogRef, name: str, table: DeltaTable) -> pyarrow.dataset.Dataset:
+    """The table's files through Arrow's own file system: deltalake's is Python, which Arrow's threads may call while it exits."""
+    filesystem, path = storage.arrow_filesystem(storage.join(ref.uri, name))
+    return table.to_pyarrow_dataset(filesystem=pyarrow.fs.SubTreeFileSystem(path, filesystem))
 
 
 def _cast(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

@@ -169,6 +169,7 @@ class _Ingest:
     def _commit(self, rows: pa.Table, work: Scan) -> None:
         """Quarantine first, videos second. A row whose id its table holds already (it was read again) is updated in place."""
         refused = pc.is_valid(rows["reason"])
+        counted: dict[str, list[pa.RecordBatch]] = {VIDEOS: [], QUARANTINE: []}
         for name, other, schema, part in (
             (QUARANTINE, VIDEOS, QUARANTINE_SCHEMA, rows.filter(refused)),
             (VIDEOS, QUARANTINE, VIDEO_SCHEMA, rows.filter(pc.invert(refused))),
@@ -184,7 +185,9 @@ class _Ingest:
                 self.writer.update(name, part.filter(again))
             added = self.writer.append(name, part.filter(pc.invert(again)))
             self.counts["ingested" if name == VIDEOS else "refused"] += added + (pc.sum(again).as_py() or 0)
-            self.rows[name] += part.select(REPORTED[name]).to_batches()
+            counted[name] = part.select(REPORTED[name]).to_batches()
+            self.rows[name] += counted[name]
+        ingest_report.metrics(ingest_report.report(counted[VIDEOS], counted[QUARANTINE]))
 
     def _mark(self, work: Scan) -> None:
         for name, by_status in work.marks.items():
@@ -217,9 +220,6 @@ class _Ingest:
         row = {"run": self.name, "finished": datetime.now(UTC), **self.counts, "report": json.dumps(report, sort_keys=True)}
         schema = pa.schema([field for field in RUN_SCHEMA if field.name in row])
         self.writer.update(RUNS, pa.Table.from_pylist([row], schema))
-        if new:
-            self.start_ray()
-            ingest_report.metrics(report)
         for line in report["drift"]:
             self.reporter.event("drift", **line)
         if new and self.counts["refused"] / new > self.config.max_refused:

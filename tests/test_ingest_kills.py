@@ -31,7 +31,9 @@ VIDEOS_MADE, REFUSED_MADE = 12, 3
 def cluster():
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
+    )
     cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
     yield cluster
     cluster.shutdown()

@@ -318,7 +318,7 @@ def _measured(kind: str, level: str, work: list[Work], apart: set[int], least_s:
             with _reads() as reads:
                 found, _ = probe_item(item, job)
             if found.get("reason"):
-                refused.add(f"{kind}, {level}, {item['id']}: {found['reason']}: {found['detail']}")
+                refused.add(f"{kind}, validate={level}, {item['id'].rpartition('/')[2]}: {found['reason']}")
             row.files += 1
             row.stored += item["size"]
             row.reads += len(reads)
