@@ -101,14 +101,23 @@ def read(ref: CatalogRef, name: str, columns: Sequence[str] | None = None, filte
 def read_videos(ref: CatalogRef, columns: Sequence[str] | None = None) -> pa.Table:
     """The videos that training sees, ordered by (uri, member, offset): the row number is what a sample plan refers to."""
     wanted = list(dict.fromkeys([*columns, *ORDER])) if columns else None
-    rows = read(ref, VIDEOS, wanted, KEPT)
-    rows = rows.take(video_order(rows))
+    rows = in_order(read(ref, VIDEOS, wanted, KEPT), ORDER)
     return rows.select(list(columns)) if columns else rows
 
 
-def video_order(rows: pa.Table) -> pa.Array:
-    """Row numbers, uint64, in the order of `read_videos`, of rows with the columns ORDER."""
-    return pc.sort_indices(rows, [(name, "ascending") for name in ORDER])
+def in_order(rows: pa.Table, names: Sequence[str]) -> pa.Table:
+    """The rows sorted by some columns, column after column: the caller who keeps no name for `rows` never holds two copies."""
+    order = row_order(rows, names)
+    schema, columns = rows.schema, []
+    for _ in schema:
+        columns.append(rows[0].take(order))
+        rows = rows.remove_column(0)
+    return pa.table(columns, schema)
+
+
+def row_order(rows: pa.Table, names: Sequence[str]) -> pa.Array:
+    """Row numbers in the order of some columns, uint64. Equal rows stay as they are."""
+    return pc.sort_indices(rows, [(name, "ascending") for name in names])
 
 
 def read_quarantine(ref: CatalogRef) -> pa.Table:

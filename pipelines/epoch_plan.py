@@ -74,7 +74,7 @@ def parts(out_uri: str) -> list[str]:
 
 def _ranks(ref: CatalogRef) -> np.ndarray:
     """Number in the order of `catalog.read_videos` of each kept video, in the order of the table's files: int64 [n]."""
-    order = catalog.video_order(pa.Table.from_batches(catalog.batches(ref, VIDEOS, catalog.ORDER, catalog.KEPT)))
+    order = catalog.row_order(catalog.read(ref, VIDEOS, catalog.ORDER, catalog.KEPT), catalog.ORDER)
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
     return rank

@@ -47,6 +47,8 @@ WAVE_ITEMS = 65_536
 """Items that one execution of Ray Data plans at once: the driver's memory does not grow with the source."""
 LEVELS = ("none", "sample", "full")
 REPORTED = {VIDEOS: list(ingest_report.VIDEO_COLUMNS), QUARANTINE: list(ingest_report.QUARANTINE_COLUMNS)}
+PARTIAL_KINDS = ("images", "tars")
+"""They look at some files of a prefix only: what they do not list must not vanish from the prefix's own rows."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -75,9 +77,10 @@ class _Ingest:
     """One run: what it counts, and what waits for the next commit."""
 
     def __init__(
-        self, config: IngestConfig, source: str, kind: str, ref: CatalogRef, reporter: Reporter, stack: contextlib.ExitStack
+        self, config: IngestConfig, uri: str, kind: str, ref: CatalogRef, reporter: Reporter, stack: contextlib.ExitStack
     ) -> None:
-        self.config, self.source, self.kind, self.ref, self.reporter = config, source, kind, ref, reporter
+        self.config, self.uri, self.kind, self.ref, self.reporter = config, uri, kind, ref, reporter
+        self.source = uri if kind not in PARTIAL_KINDS else f"{uri}#{kind}"
         self.start_ray = functools.cache(lambda: stack.enter_context(ray_session.session(config.ray)))
         """Ray starts when there is something to read: a scan that finds nothing new takes a second, not fifteen."""
         self.validate = "full" if config.curation.enabled else config.validate
@@ -87,13 +90,13 @@ class _Ingest:
         self.rows: dict[str, list[pa.RecordBatch]] = {VIDEOS: [], QUARANTINE: []}
 
     def run(self) -> dict[str, Any]:
-        known = load_known(self.ref, self.source, self._redo())
         for name in (VIDEOS, QUARANTINE):
-            self.writer.seen(name)
-        work = scan(self.ref, known, sources.objects(self.source, self.kind, self._suffixes()), self._expand)
+            self.writer.seen(name)  # before they are read: what others commit from here on is found when we commit
+        known = load_known(self.ref, self.source, self._redo())
+        work = scan(self.ref, known, sources.objects(self.uri, self.kind, self._suffixes()), self._expand)
         del known
         if not work.listed and not len(work.todo) and not any(work.marks.values()):
-            raise InputRefused(f"no video below {self.source}: check the prefix, or suffixes={self.config.suffixes}")
+            raise InputRefused(f"no video below {self.uri}: check the prefix, or suffixes={self.config.suffixes}")
         self.counts |= {"listed": work.listed, "unchanged": work.unchanged}
         self._begin()
         if work.refused:

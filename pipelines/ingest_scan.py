@@ -118,13 +118,19 @@ def scan(
     for members, broken in expand(pa.concat_tables(tars) if tars else ITEM_SCHEMA.empty_table()):
         compare(members)
         refused += broken
-    found = pa.concat_tables(todo) if todo else TODO_SCHEMA.empty_table()
-    found = found.sort_by([("uri", "ascending"), ("offset", "ascending")])
+    found = catalog.in_order(_joined(todo), ("uri", "offset"))
     marks = _marks(ref, known, ids, seen, found)
     again = set(item_ids.text(known.numbers[known.redo & seen]))
     redone = {name: again & set(item_ids.text(known.numbers[known.redo & seen & (known.table == code)]))
               for code, name in enumerate(TABLES)}  # fmt: skip
     return Scan(found, refused, redone, marks, listed, int((seen & ~known.redo).sum()))
+
+
+def _joined(parts: list[pa.Table]) -> pa.Table:
+    """The rows of all parts. They are dropped: a first ingest's ten million items must not be held twice."""
+    rows = pa.concat_tables([TODO_SCHEMA.empty_table(), *parts])
+    parts.clear()
+    return rows
 
 
 def _tars(page: pa.Table) -> np.ndarray:

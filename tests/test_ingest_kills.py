@@ -127,7 +127,7 @@ def test_an_ingest_that_is_killed_anywhere_ends_in_the_clean_run_s_catalog(sourc
         before: dict[str, str] = {}
         for _ in range(10):
             driver = Driver(source, uri, cluster)
-            kind = chance.choices(("driver", "worker", "reader", "node"), (12, 4, 4, 1))[0]
+            kind = chance.choices(("driver", "worker", "reader", "node"), (10, 6, 3, 1))[0]
             if kind == "driver" and chance.random() < 0.25:
                 time.sleep(chance.uniform(0.0, 4.0))  # anywhere, the start included
             else:

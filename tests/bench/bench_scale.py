@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipelines import catalog, catalog_diff, catalog_verb, contact_sheet, epoch_plan, item_ids
+from pipelines import catalog, catalog_diff, catalog_verb, clips, contact_sheet, epoch_plan, item_ids
 from pipelines.catalog_schema import (
     CURRENT,
     ITEM_SCHEMA,
@@ -63,7 +63,8 @@ PACK = 64
 COMMIT = 4096
 MARKED = 10_000
 GOAL_S, GOAL_GIB = 120, 4
-STAGES = ("listing", "first scan", "re-scan", "plan", "diff", "sample", "show", "commit", "commit, overtaken", "mark")
+STAGES = ("listing", "first scan", "re-scan", "plan", "read_videos", "diff", "sample", "show", "commit",
+          "commit, overtaken", "mark")  # fmt: skip
 FRAGMENTED = 1_000_000
 """Rows up to which the same catalog is also built from commits of COMMIT rows, and compacted."""
 
@@ -265,6 +266,10 @@ class Stages:
         size = sum(file.stat().st_size for file in (self.folder / "plan").iterdir())
         shutil.rmtree(self.folder / "plan")
         return {"rows": found["rows"], "bytes_per_row": round(size / found["rows"], 1)}
+
+    def read_videos(self) -> dict[str, Any]:
+        """What a plan saves every task of a run from: the whole table in one piece."""
+        return {"bytes_per_row": round((found := catalog.read_videos(self.pinned("A"), clips.COLUMNS)).nbytes / len(found), 1)}
 
     def diff(self) -> dict[str, Any]:
         found = catalog_diff.diff(self.pinned("A"), self.pinned("B"))
