@@ -163,6 +163,15 @@ def test_the_commit_says_who_made_it(ref):
     assert deltalake.DeltaTable(f"{ref.uri}/{VIDEOS}").history(1)[0][catalog.RUN] == "window-7"
 
 
+def test_a_column_of_ids_holds_the_id_of_every_row():
+    places = [("s3://b/\u00e9.mp4", "", 0, 1, "e"), ("s3://b/x.tar", "a/b.mp4", 1 << 40, 3, "f-2"), ("/gone", "", 0, -1, "")]
+    columns = dict(zip(("uri", "member", "offset", "size", "etag"), zip(*places, strict=True), strict=True))
+    table = pa.table({name: list(column) for name, column in columns.items()})
+    assert item_ids.item_ids(table).to_pylist() == [item_id(*place) for place in places]
+    assert item_ids.text(item_ids.item_numbers(pa.concat_tables([table, table]))[3:]) == [item_id(*place) for place in places]
+    assert len(item_ids.item_ids(table.slice(0, 0))) == 0
+
+
 def test_id_sets_find_what_they_hold():
     rng = np.random.default_rng(0)
     numbers = rng.integers(0, 2**64, (5000, 2), dtype=np.uint64)
@@ -174,6 +183,10 @@ def test_id_sets_find_what_they_hold():
     absent[:, 1] ^= np.uint64(1)
     assert (ids.positions(absent) == -1).all()
     assert (item_ids.IdSet(numbers[:0]).positions(numbers) == -1).all()
+    twice = np.concatenate([numbers, numbers[::-1]])
+    np.testing.assert_array_equal(item_ids.IdSet(twice).positions(numbers), np.arange(5000))
+    least, most = np.zeros((1, 2), np.uint64), np.full((1, 2), 2**64 - 1, np.uint64)
+    assert item_ids.IdSet(np.concatenate([most, least])).positions(np.concatenate([least, most])).tolist() == [1, 0]
     text = item_ids.text(numbers[:3])
     assert text == [item.lower() for item in text]
     np.testing.assert_array_equal(item_ids.words(pa.array(text)), numbers[:3])

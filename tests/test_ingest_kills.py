@@ -63,7 +63,8 @@ class Driver:
     def __init__(self, source: Path, catalog_uri: Path, cluster, *options: str):
         command = [sys.executable, "-m", "pipelines.cli", "ingest", f"source={source}", f"catalog={catalog_uri}",
                    f"ray.address={cluster.address}", *(options or FAST)]  # fmt: skip
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         self.reading = threading.Event()
         self.events: list[dict] = []
         self.errors = ""
@@ -86,7 +87,11 @@ class Driver:
         self.process.wait()
 
     def wait(self) -> int:
-        code = self.process.wait(timeout=300)
+        try:
+            code = self.process.wait(timeout=240)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # the fault handler tells where every thread stands
+            code = self.process.wait()
         for thread in self._threads:
             thread.join(timeout=10)
         return code

@@ -62,11 +62,11 @@ EXTRA = 100
 PACK = 64
 COMMIT = 4096
 MARKED = 10_000
-GOAL_S, GOAL_GIB = 120, 4
+GOALS, GOAL_S, GOAL_GIB = ("re-scan", "plan", "diff", "sample"), 120, 4
 STAGES = ("listing", "first scan", "re-scan", "plan", "read_videos", "diff", "sample", "show", "commit",
           "commit, overtaken", "mark")  # fmt: skip
-FRAGMENTED = 1_000_000
-"""Rows up to which the same catalog is also built from commits of COMMIT rows, and compacted."""
+LEFT = ("build", "re-scan", "plan", "sample", "show", "commit", "compact", "commit, compacted")
+"""Stages of the same catalog as an ingest leaves it, with a commit for each COMMIT videos."""
 
 
 def hexed(rng: np.random.Generator, count: int, digits: int) -> pa.Array:
@@ -325,6 +325,9 @@ class Fragments(Stages):
         self.noted.write_text(json.dumps({"A": version}))
         return {"commits": version}
 
+    def commit_compacted(self) -> dict[str, Any]:
+        return self.commit()
+
     def compact(self) -> dict[str, Any]:
         return catalog.compact(self.ref)
 
@@ -349,24 +352,25 @@ def measured(folder: Path, rows: int, stage: str, fragments: bool = False) -> di
     if result.returncode:
         raise SystemExit(f"{stage} failed at {rows:,} rows")
     found = json.loads(result.stdout.splitlines()[-1])
-    print(f"{rows:>12,}  {'fragmented ' if fragments else ''}{stage:<18} {found['wall']:8.1f} s  {found['cpu']:8.1f} CPU s  "
+    name = f"{stage}, as left" if fragments else stage
+    print(f"{rows:>12,}  {name:<26} {found['wall']:8.1f} s  {found['cpu']:8.1f} CPU s  "
           f"{found['gib']:6.2f} GiB  {found['told']}", flush=True)  # fmt: skip
     return found
 
 
-def table(results: dict[int, dict[str, dict[str, Any]]]) -> None:
-    """Seconds, CPU seconds and peak memory of each stage by number of rows; the growth over the last step."""
+def table(title: str, stages: tuple[str, ...], results: dict[int, dict[str, dict[str, Any]]]) -> None:
+    """Seconds, CPU seconds and peak memory of each stage by number of rows; the growth of CPU seconds over the last step."""
     sizes = sorted(results)
-    print("\n| stage | " + " | ".join(f"{rows:,}: s, CPU s, GiB" for rows in sizes) + " | growth of CPU |")
+    print(f"\n| {title} | " + " | ".join(f"{rows:,}: s, CPU s, GiB" for rows in sizes) + " | growth |")
     print("|---" * (len(sizes) + 2) + "|")
-    for stage in ("build", *STAGES):
+    for stage in stages:
         found = [results[rows][stage] for rows in sizes]
         cells = [f"{one['wall']:.1f}, {one['cpu']:.1f}, {one['gib']:.2f}" for one in found]
         growth = f"x {found[-1]['cpu'] / found[-2]['cpu']:.1f} for x {sizes[-1] / sizes[-2]:g}" if len(found) > 1 else ""
         print(f"| {stage} | {' | '.join(cells)} | {growth} |")
     for rows in sizes:
-        for stage in ("re-scan", "plan", "diff", "sample"):
-            one = results[rows][stage]
+        for stage in GOALS:
+            one = results[rows].get(stage, {"wall": 0, "gib": 0})
             if one["wall"] > GOAL_S or one["gib"] > GOAL_GIB:
                 print(f"MISSED at {rows:,} rows: {stage} took {one['wall']:.0f} s and {one['gib']:.2f} GiB")
 
@@ -383,24 +387,20 @@ def main() -> None:
         child(arguments)
         return
     folder = Path(tempfile.mkdtemp(prefix="bench-scale-", dir=arguments.dir))
-    results = {}
+    compacted, left = {}, {}
     try:
         for rows in map(int, arguments.rows.split(",")):
-            place = folder / str(rows)
-            place.mkdir()
-            results[rows] = {stage: measured(place, rows, stage) for stage in ("build", *STAGES)}
-            if not arguments.keep:
-                shutil.rmtree(place)
-            if rows <= FRAGMENTED:
-                place = folder / f"{rows}-fragments"
+            for stages, results, fragments in ((("build", *STAGES), compacted, False), (LEFT, left, True)):
+                place = folder / f"{rows}-{fragments}"
                 place.mkdir()
-                for stage in ("build", "re-scan", "sample", "show", "commit", "compact", "commit"):
-                    measured(place, rows, stage, fragments=True)
-                shutil.rmtree(place)
+                results[rows] = {stage: measured(place, rows, stage, fragments) for stage in stages}
+                if not arguments.keep:
+                    shutil.rmtree(place)
     finally:
         if not arguments.keep:
             shutil.rmtree(folder)
-    table(results)
+    table("compacted", ("build", *STAGES), compacted)
+    table("as an ingest leaves it", LEFT, left)
 
 
 if __name__ == "__main__":
