@@ -52,6 +52,7 @@ def find(file: Any, head: bytes, max_movie_bytes: int) -> Layout | None:
             ftyp = known.get(0, length)
         if kind in (b"moof", b"sidx"):
             return None
+        known.media_passed = known.media_passed or kind == b"mdat"
         position += length
         if position >= file.size:
             return None
@@ -127,6 +128,8 @@ class _Known:
     def __init__(self, file: Any, head: bytes) -> None:
         self._file = file
         self._parts = [(0, head)]
+        self.media_passed = False
+        """Before the media data, what follows a box may be the media; behind it, it is the index."""
 
     def get(self, start: int, count: int) -> bytes:
         stop = min(start + count, self._file.size)
@@ -138,7 +141,8 @@ class _Known:
             joined = part[start - at :] + self._file.fetch(at + len(part), stop)
             self._parts.append((start, joined))
             return joined
-        ahead = self._file.size if self._file.size - start <= TAIL_BYTES else stop
+        near = self._file.size - start <= TAIL_BYTES
+        ahead = self._file.size if self.media_passed and near else min(self._file.size, max(stop, start + HEAD_BYTES))
         self._parts.append((start, self._file.fetch(start, ahead)))
         return self._parts[-1][1][: stop - start]
 

@@ -116,6 +116,19 @@ def test_a_faststart_mp4_takes_two_reads_and_the_bytes_of_its_movie_box():
     assert len(movie) < len(data) / 5
 
 
+def test_a_box_before_the_index_does_not_make_the_media_be_read():
+    """Cameras write some kB of their own between `ftyp` and `moov`; positions in the index are not corrected here, nor needed."""
+    data = made("faststart", 300)
+    at = data.index(b"moov") - 4
+    own = (4096).to_bytes(4, "big") + b"uuid" + bytes(4088)
+    data = data[:at] + own + data[at:] + bytes(len(own))
+    counted = Counted(data)
+    assert probe(data, counted=counted)["num_frames"] == 300
+    movie = mp4_layout.find(_File(data), data[: mp4_layout.HEAD_BYTES], 1 << 20).movie
+    assert len(counted.reads) <= 3
+    assert counted.bytes <= 2 * len(movie)
+
+
 def test_an_index_at_the_end_is_found_without_reading_the_media():
     """The media here are a hole of 3 GB that no test could read in this time."""
     data = made("index at the end")
