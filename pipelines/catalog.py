@@ -8,6 +8,7 @@ made from as a Delta application transaction, and a writer that was overtaken re
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -36,7 +37,9 @@ from pipelines.errors import InputRefused, Retryable, UsageError
 
 KEYS = {VIDEOS: "id", QUARANTINE: "id", RUNS: "run"}
 SCHEMAS = {VIDEOS: VIDEO_SCHEMA, QUARANTINE: QUARANTINE_SCHEMA, RUNS: RUN_SCHEMA}
-KEPT = (pc.field("status") == CURRENT) & pc.field("keep")
+STANDS = pc.field("status") == CURRENT
+"""Rows of items that stand in their source now."""
+KEPT = STANDS & pc.field("keep")
 """Rows of `videos` that training reads."""
 ORDER = ("uri", "member", "offset")
 TRANSACTION = "jepa-catalog"
@@ -60,12 +63,6 @@ def pin(ref: CatalogRef) -> CatalogRef:
     """The same reference with its version filled in. Raises InputRefused when there is no such catalog or version."""
     storage.check_bucket(ref.uri)
     return CatalogRef(ref.uri, open_table(ref, VIDEOS).version())
-
-
-def exists(ref: CatalogRef) -> bool:
-    """Whether a catalog stands at the URI."""
-    uri = storage.join(ref.uri, VIDEOS)
-    return DeltaTable.is_deltatable(uri, storage_options=storage.delta_options(uri))
 
 
 def open_table(ref: CatalogRef, name: str) -> DeltaTable:
@@ -122,8 +119,7 @@ def row_order(rows: pa.Table, names: Sequence[str]) -> pa.Array:
 
 def read_quarantine(ref: CatalogRef) -> pa.Table:
     """Refused items that still stand in their source, ordered by (uri, member, offset)."""
-    rows = read(ref, QUARANTINE, None, pc.field("status") == CURRENT)
-    return rows.sort_by([(name, "ascending") for name in ("uri", "member", "offset")])
+    return in_order(read(ref, QUARANTINE, None, STANDS), ORDER)
 
 
 def pack_uri(ref: CatalogRef, pack: str) -> str:
@@ -182,12 +178,16 @@ def _compact(ref: CatalogRef, name: str) -> dict[str, int]:
 
 def vacuum(ref: CatalogRef, retention_hours: float, *, dry_run: bool = False) -> dict[str, int]:
     """Delete what no version of the last `retention_hours` needs: data files, and packs that no row names. Returns counts."""
+    newest = CatalogRef(ref.uri, None)
+    named = _named_packs(newest)
+    before = _version_before(newest, retention_hours)
+    if before is not None:  # reading an item again gives its row another pack: older versions still need the one of before
+        named |= _named_packs(CatalogRef(ref.uri, before))
     removed = {}
     for name in SCHEMAS:
         table = _open(ref, name, None)
         clean = partial(table.vacuum, math.ceil(retention_hours), dry_run=dry_run, enforce_retention_duration=False, full=True)
         removed[name] = len(_retried(ref.uri, clean))
-    named = {pack.as_py() for batch in batches(CatalogRef(ref.uri, None), VIDEOS, ["index_pack"]) for pack in pc.unique(batch[0])}
     unnamed = [
         i for i in storage.list_files(storage.join(ref.uri, PACKS), missing_ok=True) if i.uri.rpartition("/")[2] not in named
     ]
@@ -195,6 +195,17 @@ def vacuum(ref: CatalogRef, retention_hours: float, *, dry_run: bool = False) ->
     if not dry_run:
         storage.delete(old)
     return {**removed, PACKS: len(old)}
+
+
+def _named_packs(ref: CatalogRef) -> set[str]:
+    return {pack.as_py() for batch in batches(ref, VIDEOS, ["index_pack"]) for pack in pc.unique(batch[0])}
+
+
+def _version_before(ref: CatalogRef, hours: float) -> int | None:
+    """The version of `videos` that was the newest so many hours ago; None when the table is younger."""
+    moment = (time.time() - hours * 3600) * 1000
+    older = [commit["version"] for commit in _open(ref, VIDEOS, None).history() if commit["timestamp"] <= moment]
+    return max(older, default=None)
 
 
 class Writer:

@@ -11,11 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import catalog, item_ids
-from pipelines.catalog_schema import CURRENT, VIDEOS, CatalogRef
+from pipelines.catalog_schema import VIDEOS, CatalogRef
 
 SHOWN = 20
 """Examples of each kind, the first by id."""
-STANDS = pc.field("status") == CURRENT
 COLUMNS = ("id", "uri", "member", "size", "etag")
 
 
@@ -64,7 +63,7 @@ def diff(before: CatalogRef, after: CatalogRef) -> Difference:
 
 def _videos(ref: CatalogRef) -> _Videos:
     ids, keep = [np.empty((0, 2), dtype=np.uint64)], [np.empty(0, dtype=bool)]
-    for batch in catalog.batches(ref, VIDEOS, ["id", "keep"], STANDS):
+    for batch in catalog.batches(ref, VIDEOS, ["id", "keep"], catalog.STANDS):
         ids.append(item_ids.words(batch["id"]))
         keep.append(pc.fill_null(batch["keep"], False).to_numpy(zero_copy_only=False))
     numbers = np.concatenate(ids)
@@ -87,7 +86,7 @@ def _places(ref: CatalogRef, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """Ids of the wanted videos and digests of where they stand, both uint64 [n, 2], ascending by the digest's first word."""
     known = item_ids.IdSet(wanted)
     ids, digests = [], []
-    for batch in catalog.batches(ref, VIDEOS, ["id", "uri", "member"], STANDS):
+    for batch in catalog.batches(ref, VIDEOS, ["id", "uri", "member"], catalog.STANDS):
         numbers = item_ids.words(batch["id"])
         order = np.argsort(numbers[:, 0])
         hit = np.empty(len(batch), dtype=bool)

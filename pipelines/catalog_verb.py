@@ -15,15 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from jepa_core.sampling import splitmix
 from pipelines import catalog, catalog_diff, ingest_report, item_ids, storage
-from pipelines.catalog_diff import STANDS
+from pipelines.catalog import KEPT, STANDS
 from pipelines.catalog_schema import QUARANTINE, QUARANTINE_SCHEMA, RUNS, VIDEO_SCHEMA, VIDEOS, CatalogRef
 from pipelines.errors import InputRefused, UsageError
 from pipelines.ingest_config import CatalogConfig
 from pipelines.progress import Reporter
 from pipelines.video import VideoRefused
 
-KEPT = STANDS & pc.field("keep")
 LAST_RUNS = 5
 RUNS_SHOWN = ("run", "source", "started", "finished", "listed", "unchanged", "ingested", "refused", "replaced", "vanished")
 VERIFIED = ("id", "uri", "member", "offset", "size", "etag", "source", "digest", "content_digest", "validated")
@@ -211,11 +211,8 @@ def choose(ref: CatalogRef, count: int, seed: int, filter: pc.Expression) -> lis
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:
-    """splitmix64: every bit of the result hangs on every bit of the number."""
-    numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))
+    """A hash of uint64 [n]: every bit of the result hangs on every bit of the number."""
+    return splitmix(numbers, np.zeros(1, np.uint64))[:, 0]
 
 
 def _reprobe() -> Reprobe:

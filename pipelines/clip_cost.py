@@ -11,7 +11,7 @@ import numpy as np
 
 from jepa_core.sampling import Crop
 from pipelines.transcode import transcode
-from pipelines.video import AV_OPTIONS, AVIO_BUFFER_BYTES, decode_clip
+from pipelines.video import decode_clip, open_container
 
 DECODES = 3
 """Decodes of each clip; the fastest counts, because a first one also warms caches."""
@@ -72,7 +72,7 @@ def _clip_bytes(file: IO[bytes], stream: int, pts: list[int]) -> int:
     """Bytes of the packets from the key frame before the clip to its last frame, in decode order: one ranged request."""
     file.seek(0)
     wanted, total = set(pts), 0
-    with av.open(file, buffer_size=AVIO_BUFFER_BYTES, options=AV_OPTIONS) as container:
+    with open_container(file) as container:
         video = container.streams[stream]
         if pts[0] > (video.start_time or 0):
             container.seek(pts[0], stream=video, backward=True)

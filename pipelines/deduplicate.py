@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import catalog, curation
-from pipelines.catalog_schema import CURRENT, VIDEOS, CatalogRef
+from pipelines.catalog_schema import VIDEOS, CatalogRef
 from pipelines.curation import CurationConfig
 
 COLUMNS = ("id", "hashes", "motion", "black", "static", "duplicate_of", "keep", "dropped_by")
@@ -13,7 +13,7 @@ COLUMNS = ("id", "hashes", "motion", "black", "static", "duplicate_of", "keep", 
 
 def run(ref: CatalogRef, writer: catalog.Writer, config: CurationConfig) -> int:
     """Compare all current videos that have hashes; commit the rows whose group or decision has changed. Returns how many."""
-    rows = catalog.read(ref, VIDEOS, COLUMNS, (pc.field("status") == CURRENT) & pc.field("hashes").is_valid())
+    rows = catalog.read(ref, VIDEOS, COLUMNS, catalog.STANDS & pc.field("hashes").is_valid())
     if not len(rows):
         return 0
     rows = rows.combine_chunks()

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from getpass import getuser
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,7 +36,7 @@ from pipelines.catalog_schema import (
     item_id,
 )
 from pipelines.errors import InputRefused, unwrapped
-from pipelines.ingest_config import IngestConfig
+from pipelines.ingest_config import IngestConfig, Validate
 from pipelines.ingest_scan import Scan, load_known, scan
 from pipelines.ingest_tasks import RESULT_SCHEMA, Job, list_members, probe_items
 from pipelines.progress import Reporter
@@ -45,7 +45,7 @@ COMMIT_SECONDS = 60.0
 PROGRESS_SECONDS = 1.0
 WAVE_ITEMS = 65_536
 """Items that one execution of Ray Data plans at once: the driver's memory does not grow with the source."""
-LEVELS = ("none", "sample", "full")
+LEVELS = get_args(Validate)
 REPORTED = {VIDEOS: list(ingest_report.VIDEO_COLUMNS), QUARANTINE: list(ingest_report.QUARANTINE_COLUMNS)}
 PARTIAL_KINDS = ("images", "tars")
 """They look at some files of a prefix only: what they do not list must not vanish from the prefix's own rows."""

@@ -11,6 +11,10 @@ from pipelines.curation import check as check_curation
 from pipelines.errors import UsageError
 from pipelines.reasons import REASONS
 
+SourceKind = Literal["auto", "prefix", "list", "tars", "lerobot", "images"]
+Validate = Literal["none", "sample", "full"]
+"""In rising order of what is read."""
+
 
 @dataclass(frozen=True)
 class LimitsConfig:
@@ -36,11 +40,11 @@ class IngestConfig:
     source: str = MISSING
     """A prefix (videos and WebDataset tars), a list (.csv, .parquet, .jsonl), a LeRobot v3 dataset, or a folder of images."""
     catalog: str = MISSING
-    kind: Literal["auto", "prefix", "list", "tars", "lerobot", "images"] = "auto"
+    kind: SourceKind = "auto"
     suffixes: list[str] = field(
         default_factory=lambda: [".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ogv", ".ts", ".gif"]
     )
-    validate: Literal["none", "sample", "full"] = "sample"
+    validate: Validate = "sample"
     """none: demux only. sample: also decode a few frames at three places. full: decode every frame and digest every byte."""
     curation: CurationConfig = field(default_factory=CurationConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)

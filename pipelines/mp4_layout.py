@@ -3,12 +3,11 @@
 Only box headers, `tkhd` and `dref` are read here; times, positions and edit lists are FFmpeg's work. ISO/IEC 14496-12.
 """
 
-import io
-import os
 import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from pipelines.block_reader import BlockReader
 from pipelines.video import VideoRefused
 
 HEAD_BYTES = 1024
@@ -77,12 +76,11 @@ def rotation(movie: bytes, track_id: int) -> int:
     return 0
 
 
-class MovieBoxFile(io.RawIOBase):
+class MovieBoxFile(BlockReader):
     """An MP4 as a demuxer may see it: `ftyp`, `moov` where it stands, and zeros in boxes called `mdat` everywhere else."""
 
     def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._position = 0
+        super().__init__(self._bytes, layout.size)
         before, after = len(layout.ftyp), layout.movie_start + len(layout.movie)
         self._parts = [(0, layout.ftyp), (layout.movie_start, layout.movie)]
         if layout.movie_start > before:
@@ -90,36 +88,13 @@ class MovieBoxFile(io.RawIOBase):
         if layout.size - after >= 8:
             self._parts.append((after, _mdat_header(layout.size - after)))
 
-    def read(self, count: int = -1) -> bytes:
-        """Bytes from the current position; all of the rest for a negative count."""
-        left = max(0, self._layout.size - self._position)
-        count = left if count is None or count < 0 else min(count, left)
-        start, stop = self._position, self._position + count
-        data = bytearray(count)
+    def _bytes(self, start: int, stop: int) -> bytes:
+        data = bytearray(stop - start)
         for at, part in self._parts:
             low, high = max(start, at), min(stop, at + len(part))
             if low < high:
                 data[low - start : high - start] = part[low - at : high - at]
-        self._position = stop
         return bytes(data)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move the position; returns it."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._layout.size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        """The position in bytes."""
-        return self._position
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always."""
-        return True
 
 
 class _Known:

@@ -8,7 +8,6 @@ can do is ask the other side for bytes of the one item it was made for, and answ
 import contextlib
 import ctypes
 import importlib
-import io
 import json
 import os
 import pkgutil
@@ -17,9 +16,10 @@ import signal
 import socket
 import struct
 import sys
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
+
+from pipelines.block_reader import BlockReader
 
 FUNCTIONS = {
     "probe": "pipelines.video_probe:probe",
@@ -30,20 +30,17 @@ FUNCTIONS = {
 READ, RESULT, REFUSED, FAILED = b"r", b"R", b"E", b"X"
 FRAME = struct.Struct("<cQ")
 SPAN = struct.Struct("<QQ")
-BLOCK_BYTES = 1 << 20
-CACHED_BLOCKS = 24
 CHANNEL = 3
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 
 
-class ItemFile(io.RawIOBase):
-    """A seekable reader of one item; every byte comes over the socket. Sequential reading fetches ahead."""
+class ItemFile(BlockReader):
+    """A seekable reader of one item; every byte comes over the socket."""
 
     def __init__(self, channel: socket.socket, size: int) -> None:
+        super().__init__(self.fetch, size)
         self._channel = channel
         self.size = size
-        self._position = 0
-        self._blocks: OrderedDict[int, bytes] = OrderedDict()
 
     def fetch(self, start: int, stop: int) -> bytes:
         """Exactly these bytes, not cached: for a caller that knows what it wants."""
@@ -54,51 +51,12 @@ class ItemFile(io.RawIOBase):
         return _receive(self._channel, stop - start)
 
     def read_at(self, start: int, stop: int) -> bytes:
-        """These bytes, through a cache of 1 MiB blocks."""
-        start, stop = max(0, start), min(stop, self.size)
-        if start >= stop:
-            return b""
-        first, last = start // BLOCK_BYTES, (stop - 1) // BLOCK_BYTES
-        missing = [b for b in range(first, last + 1) if b not in self._blocks]
-        if missing:
-            # One request for the whole gap; one block more where the reading is sequential.
-            ahead = 3 if missing[0] - 1 in self._blocks else 0
-            low, high = missing[0] * BLOCK_BYTES, min(self.size, (missing[-1] + 1 + ahead) * BLOCK_BYTES)
-            data = self.fetch(low, high)
-            for offset in range(0, len(data), BLOCK_BYTES):
-                self._blocks[(low + offset) // BLOCK_BYTES] = data[offset : offset + BLOCK_BYTES]
-        parts = [self._blocks[b] for b in range(first, last + 1)]
-        for block in range(first, last + 1):
-            self._blocks.move_to_end(block)
-        while len(self._blocks) > max(CACHED_BLOCKS, last - first + 1):
-            self._blocks.popitem(last=False)
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
-        return data[start - first * BLOCK_BYTES : stop - first * BLOCK_BYTES]
-
-    def read(self, count: int = -1) -> bytes:
-        """Bytes from the current position; all of the rest for a negative count."""
-        stop = self.size if count is None or count < 0 else self._position + count
-        data = self.read_at(self._position, stop)
-        self._position += len(data)
+        """These bytes, through the cache of blocks; the position stays."""
+        position = self.tell()
+        self.seek(start)
+        data = self.read(stop - start)
+        self.seek(position)
         return data
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move the position; returns it."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        """The position in bytes."""
-        return self._position
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always."""
-        return True
 
 
 def send(channel: socket.socket, kind: bytes, payload: bytes) -> None:

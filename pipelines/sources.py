@@ -2,18 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Literal
 
 import pyarrow as pa
 
 from pipelines import lerobot, path_lists, storage
 from pipelines.catalog_schema import ITEM_SCHEMA
 from pipelines.errors import InputRefused
+from pipelines.ingest_config import SourceKind
 from pipelines.storage import ObjectInfo
 from pipelines.tar_listing import COMPRESSED_SUFFIXES, TAR_SUFFIX
 from pipelines.tar_listing import tar_members as tar_members  # the members of what `is_tar`
 
-SourceKind = Literal["auto", "prefix", "list", "tars", "lerobot", "images"]
 PAGE = 10_000
 TARS = (TAR_SUFFIX, *COMPRESSED_SUFFIXES)
 """Compressed tars are listed too: they become rows of the quarantine, not silence."""

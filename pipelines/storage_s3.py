@@ -124,9 +124,8 @@ def _new_client() -> Any:
 
     def timestamp(text: Any) -> datetime:
         try:
-            return datetime.fromisoformat(
-                text
-            )  # a listing holds a thousand of them; botocore's parser takes longer than the network
+            # A listing holds a thousand of them; botocore's parser takes longer than the network.
+            return datetime.fromisoformat(text)
         except (TypeError, ValueError):
             return parse_timestamp(text)
 
@@ -338,12 +337,6 @@ def head(uri: str) -> ObjectInfo | None:
     except InputRefused:
         return None
     return ObjectInfo(uri, found["ContentLength"], found.get("ETag", "").strip('"'), found["LastModified"].timestamp())
-
-
-def check_bucket(uri: str, deadline_s: float) -> None:
-    """Raise InputRefused, UsageError or Retryable when the bucket of `uri` cannot be reached."""
-    operation = Operation(uri, min(deadline_s, DEADLINE_S))
-    operation.request(lambda: operation.client.head_bucket(Bucket=operation.bucket))
 
 
 def listing_bounds(uri: str) -> list[str]:

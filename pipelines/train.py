@@ -35,7 +35,7 @@ from jepa_core.schedules import learning_rate, weight_decay
 from pipelines import run_folder, storage
 from pipelines.columns import FAILURES, SAMPLE
 from pipelines.config import TrainConfig
-from pipelines.errors import InputRefused, JepaError, Retryable, UsageError
+from pipelines.errors import InputRefused, JepaError, Retryable, UsageError, unwrapped
 from pipelines.progress import Reporter
 from pipelines.relay import Relay
 
@@ -298,8 +298,8 @@ def _worker_error(error: Exception) -> JepaError:
     """The JepaError that a worker or a decode task raised, found through Ray's wrappers; else Retryable with the last line."""
     seen: list[BaseException] = [error, *getattr(error, "worker_failures", {}).values()]
     for candidate in seen:
-        for inner in (candidate, getattr(candidate, "cause", None), candidate.__cause__):
-            if isinstance(inner, JepaError):
-                return type(inner)(str(inner.args[0] if inner.args else inner))
+        inner = unwrapped(candidate)
+        if isinstance(inner, JepaError):
+            return type(inner)(str(inner.args[0] if inner.args else inner))
     text = str(seen[-1]).strip().splitlines()
     return Retryable(f"training stopped: {text[-1] if text else type(error).__name__}; the same command continues it")

@@ -14,7 +14,7 @@ from typing import IO, Any
 import av
 import numpy as np
 
-from pipelines.video import AV_OPTIONS, AVIO_BUFFER_BYTES, VideoRefused
+from pipelines.video import VideoRefused, open_container
 
 SAME_BYTES = "asm=avx2"
 """x264's AVX-512 code reads memory that it has not written when it weighs B-frames, so equal videos get unequal bytes."""
@@ -75,7 +75,7 @@ def scaled_size(width: int, height: int, short_side: int) -> tuple[int, int]:
 
 def _readable(file: IO[bytes]) -> av.container.InputContainer:
     try:
-        return av.open(file, buffer_size=AVIO_BUFFER_BYTES, options=AV_OPTIONS)
+        return open_container(file)
     except av.FFmpegError as error:
         raise VideoRefused("not_a_video", str(error)) from error
 

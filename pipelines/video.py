@@ -20,8 +20,6 @@ from pipelines.errors import UsageError
 av.logging.set_level(av.logging.PANIC)  # a broken file becomes a row with a reason, not lines on the terminal
 
 AVIO_BUFFER_BYTES = 1 << 20
-# No demuxer may open a second file or host: a playlist disguised as a video is refused.
-AV_OPTIONS = {"protocol_whitelist": "none"}
 # Decoders whose non-reference frames can be skipped without losing a wanted one (measured; MPEG-4 ASP and AV1 lose some).
 SKIPPABLE_CODECS = frozenset({"h264", "hevc", "vp8", "vp9"})
 
@@ -94,10 +92,19 @@ def frame_patches(frames: np.ndarray, side: int = PATCH_SIZE) -> np.ndarray:
     return tubelets(frames, 1, side)
 
 
+def open_container(file: IO[bytes], **options: str) -> av.container.InputContainer:
+    """Open a video as all of the pipeline does: no demuxer may open a second file or host, and damaged metadata are no error.
+
+    Raises av.FFmpegError.
+    """
+    options = {"protocol_whitelist": "none", **options}
+    return av.open(file, buffer_size=AVIO_BUFFER_BYTES, options=options, metadata_errors="replace")
+
+
 @contextlib.contextmanager
 def _opened(file: IO[bytes]) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     try:
-        with av.open(file, buffer_size=AVIO_BUFFER_BYTES, options=AV_OPTIONS, metadata_errors="replace") as container:
+        with open_container(file) as container:
             stream = container.streams.best("video")
             if stream is None:
                 raise VideoRefused("no_video_stream", "the file holds no video stream")

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import av
 import av.error
@@ -17,7 +17,7 @@ import numpy as np
 from pipelines import mp4_layout, packet_index
 from pipelines.curation import CurationConfig, Survey
 from pipelines.packet_index import NO_PTS, PacketIndex
-from pipelines.video import AVIO_BUFFER_BYTES, VideoRefused
+from pipelines.video import VideoRefused, open_container
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,ogg,flv,asf,gif,ivf,jpeg_pipe,png_pipe,webp_pipe,bmp_pipe"
 CODECS = frozenset(
@@ -33,10 +33,9 @@ SAMPLED_FRAMES = 8
 SURVEY_SIDE = 256
 HEADER_ROOM = 64
 """Bytes that a container may put between a packet's position and its payload."""
-Validate = Literal["none", "sample", "full"]
 
 
-def probe(file: Any, *, validate: Validate, curation: dict[str, Any], max_pixels: int, max_frames: int, max_streams: int,
+def probe(file: Any, *, validate: str, curation: dict[str, Any], max_pixels: int, max_frames: int, max_streams: int,
           max_index_mb: int) -> dict[str, Any]:  # fmt: skip
     """Facts of one item as columns of `videos`, with `blob` and `index_directory` of its packet index. Raises VideoRefused.
 
@@ -99,11 +98,10 @@ def _refuse_playlist(head: bytes) -> None:
 
 @contextlib.contextmanager
 def _opened(file: Any, max_streams: int) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    # The whitelists are FFmpeg's own: a demuxer outside of them never sees a byte, and none may open a second file or host.
-    options = {"protocol_whitelist": "none", "format_whitelist": CONTAINERS}
     file.seek(0)
     try:
-        with av.open(file, buffer_size=AVIO_BUFFER_BYTES, options=options, metadata_errors="replace") as container:
+        # The whitelist is FFmpeg's own: a demuxer outside of it never sees a byte.
+        with open_container(file, format_whitelist=CONTAINERS) as container:
             if any("enc_key_id" in stream.metadata for stream in container.streams):
                 raise VideoRefused("encrypted", "a track names the key that it is encrypted with")
             stream = container.streams.best("video")

@@ -99,11 +99,13 @@ class FaultyS3:
     """The server, as a context manager. Counters are keyed by (method, key) and by kind of fault."""
 
     def __init__(self, *, seed: int = 0, rate: float = 0.0, kinds: tuple[str, ...] = KINDS, stall_s: float = 3.0,
-                 flips: str = "", applies: str = "", md5_tags: bool = True, port: int = 0) -> None:  # fmt: skip
-        """`flips`: a pattern of the keys whose GET bodies may have a byte flipped; `applies`: a pattern of "METHOD key" of the
-        requests that may fail at all; `stall_s` must exceed the client's read timeout; `md5_tags`: False as under SSE-KMS."""
+                 flips: str = "", flips_first: str = "", applies: str = "", md5_tags: bool = True,
+                 port: int = 0) -> None:  # fmt: skip
+        """`flips`: a pattern of the keys whose GET bodies may have a byte flipped, `flips_first`: of those whose first one surely
+        has; `applies`: a pattern of "METHOD key" of the requests that may fail at all; `stall_s` must exceed the client's read
+        timeout; `md5_tags`: False as under SSE-KMS."""
         self.seed, self.rate, self.kinds, self.stall_s = seed, rate, kinds, stall_s
-        self.flips, self.applies, self.md5_tags = flips, applies, md5_tags
+        self.flips, self.flips_first, self.applies, self.md5_tags = flips, flips_first, applies, md5_tags
         self.objects, self.buckets = Objects(), {"bucket"}
         self.uploads: dict[str, dict[int, bytes]] = {}
         self.requests: Counter[tuple[str, str]] = Counter()
@@ -152,6 +154,8 @@ class FaultyS3:
             self._attempts[target] += 1
             attempt = self._attempts[target]
         number = int.from_bytes(hashlib.sha256(f"{self.seed} {target} {attempt}".encode()).digest()[:16], "big")
+        if method == "GET" and attempt == 1 and self.flips_first and re.search(self.flips_first, key):
+            return "flip", number // 10**9
         if not re.search(self.applies, f"{method} {key}") or number % 10**6 >= self.rate * 10**6:
             return "", 0
         kind = self.kinds[number // 10**6 % len(self.kinds)]
@@ -187,7 +191,7 @@ class SeparateS3:
         return environment(self.endpoint)
 
     def set(self, **attributes: object) -> None:
-        """Set seed, rate, kinds, stall_s, flips, applies or md5_tags of the server, and clear its counts."""
+        """Set seed, rate, kinds, stall_s, flips, flips_first, applies or md5_tags of the server, and clear its counts."""
         self._control("PUT", json.dumps(attributes).encode())
 
     def counts(self) -> dict[str, Counter]:

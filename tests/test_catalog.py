@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import deltalake
 import numpy as np
@@ -145,6 +146,24 @@ def test_compaction_keeps_rows_and_old_versions_and_vacuum_removes_what_nobody_n
     assert (counts[PACKS], counts[VIDEOS] > 0) == (1, True)
     assert storage.exists(catalog.pack_uri(ref, name))
     assert uris(ref) == sorted([*(f"v{k}" for k in range(6)), "last"])
+
+
+def test_vacuum_keeps_the_pack_that_a_version_within_the_retention_names(ref, monkeypatch):
+    """An item that is read again gets another pack; a training run that has pinned the version before still needs the old one."""
+    writer = catalog.Writer(ref, "one")
+    old, new = (f"{digit * 32}.pack" for digit in "12")
+    storage.write_bytes(catalog.pack_uri(ref, old), b"old")
+    writer.append(VIDEOS, rows(VIDEO_SCHEMA, ["a"], index_pack=old))
+    time.sleep(0.5)
+    between = time.time()
+    time.sleep(0.5)
+    storage.write_bytes(catalog.pack_uri(ref, new), b"new")
+    writer.update(VIDEOS, pa.table({"id": [item_id("a", "", 0, 1, "e")], "index_pack": [new]}))
+    monkeypatch.setattr(catalog.time, "time", lambda: between + 5 * 3600)
+    assert catalog.vacuum(ref, 5.0, dry_run=True)[PACKS] == 0, "five hours ago the old pack was in use"
+    monkeypatch.setattr(catalog.time, "time", lambda: between + 6 * 3600)
+    assert catalog.vacuum(ref, 5.0)[PACKS] == 1
+    assert (storage.exists(catalog.pack_uri(ref, old)), storage.exists(catalog.pack_uri(ref, new))) == (False, True)
 
 
 def test_a_writer_carries_on_over_a_compaction(ref):
