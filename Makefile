@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check bench-core bench-ingest bench-scale fuzz system clean
+.PHONY: demo test check chaos soak bench-core bench-data bench-ingest bench-scale fuzz system clean
 
 demo: $(INSTALLED) system
 	$(BIN)/jepa demo dir=runs/demo
@@ -21,6 +21,21 @@ check: $(INSTALLED)
 # One pretraining step against transformers' layers, and against a reference checkout: make bench-core ARGS="--reference PATH"
 bench-core: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_core.py $(ARGS)
+
+# CPU time of a training clip against decord and torchcodec, requests, and what feeding a trainer costs. Takes half an hour;
+# make bench-data ARGS="--clips FOLDER --minutes 30". torchcodec and the floor need FFmpeg: apt-get install ffmpeg
+bench-data: $(INSTALLED)
+	@$(BIN)/python -c "import decord, torchcodec" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[bench]' || echo "decord and torchcodec are measured where they can be installed"
+	$(BIN)/python tests/bench/bench_data.py $(ARGS)
+
+# Memory and open files of a pretraining run over ten minutes, plotted to runs/soak: make soak ARGS="--minutes 30"
+soak: $(INSTALLED)
+	$(BIN)/python tests/bench/soak.py $(ARGS)
+
+# All faults that training must survive; `make test` has a sample.
+chaos: $(INSTALLED)
+	JEPA_CHAOS=all $(BIN)/python -m pytest -m chaos tests/chaos
 
 # Requests, bytes and files per second of ingestion by container, and how it scales: make bench-ingest ARGS="--endpoint URL"
 bench-ingest: $(INSTALLED)

@@ -166,6 +166,9 @@ class ClipConfig:
     crop_scale: tuple[float, float] = (0.3, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 1.35)
     flip: bool = True
+    sampling: Literal["time", "reference"] = "time"
+    """`time`: the frames on screen every 1 / fps seconds, within one shot. `reference`: the frame numbers that V-JEPA 2's loader
+    picks by the video's average rate (sampling.reference_frames)."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Legend: B batch, N tokens of the grid, K kept tokens, D width, P = t*p*p*3 values of a tubelet (t frames of pxp pixels), L levels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -97,6 +97,8 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.every_parameter = False
+        """Whether each forward gives all parameters a gradient; see Pretraining."""
         self.native = Grid(*config.native_grid)
         flat = config.position == "sincos_image"
         self.patch_embed = TubeletEmbed(config.dim, config.tubelet_size, config.patch_size, flat=flat)
@@ -165,7 +167,11 @@ class VisionTransformer(nn.Module):
             x, mark = self.patch_embed_img(tubelets), self.img_mod_embed
         else:
             x, mark = self.patch_embed(tubelets), self.video_mod_embed
-        return x + mark.to(x.dtype)
+        x = x + mark.to(x.dtype)
+        if self.every_parameter:
+            embeds = (*self.patch_embed.parameters(), *self.patch_embed_img.parameters())
+            x = x + no_change((*embeds, self.img_mod_embed, self.video_mod_embed)).to(x.dtype)
+        return x
 
     def _norm_of(self, block: int) -> nn.LayerNorm:
         if self.config.levels == 1:
@@ -175,15 +181,29 @@ class VisionTransformer(nn.Module):
         return self.norms_block[self.level_blocks.index(block)]
 
 
+def no_change(parameters: Iterable[Tensor]) -> Tensor:
+    """Zero [] by way of parameters of any shape: what it is added to keeps its value and gives each a gradient of zeros."""
+    return 0.0 * torch.stack([parameter.sum() for parameter in parameters]).sum()
+
+
 def clip_grid(clip: ClipConfig, config: EncoderConfig) -> Grid:
-    """Tubelets of a training clip along time, height and width. Raises ValueError where the clip does not fill them."""
-    if clip.num_frames % config.tubelet_size or clip.crop_size % config.patch_size or clip.num_frames < config.tubelet_size:
-        tubelet = f"{config.tubelet_size}x{config.patch_size}x{config.patch_size}"
+    """Tubelets of a training clip along time, height and width; a clip of one frame is an image, one still tubelet deep.
+
+    Raises ValueError where the clip does not fill them.
+    """
+    depth = 1 if clip.num_frames == 1 else config.tubelet_size
+    if clip.num_frames % depth or clip.crop_size % config.patch_size or clip.num_frames < 1:
+        tubelet = f"{depth}x{config.patch_size}x{config.patch_size}"
         raise ValueError(
             f"{clip.num_frames} frames of {clip.crop_size}x{clip.crop_size} do not divide into tubelets of {tubelet}"
         )
     side = clip.crop_size // config.patch_size
-    return Grid(clip.num_frames // config.tubelet_size, side, side)
+    return Grid(clip.num_frames // depth, side, side)
+
+
+def tubelet_values(clip: ClipConfig, config: EncoderConfig) -> int:
+    """Values of one tubelet of a training clip: depth x patch x patch x 3."""
+    return (1 if clip.num_frames == 1 else config.tubelet_size) * config.patch_size**2 * 3
 
 
 def level_blocks(depth: int, levels: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from jepa_core.blocks import WEIGHT_STD, init_weights, make_blocks, run_blocks
 from jepa_core.config import EncoderConfig, PredictorConfig
+from jepa_core.encoder import no_change
 from jepa_core.positions import Grid, resample_table, rope_table, sincos_table
 
 
@@ -18,6 +19,8 @@ class MaskedPredictor(nn.Module):
         super().__init__()
         self.config, self.position, self.native = config, encoder.position, Grid(*encoder.native_grid)
         self.marks_images = encoder.image_tokenizer
+        self.every_parameter = False
+        """Whether each forward gives all parameters a gradient; see Pretraining."""
         if config.levels == 1:
             self.predictor_embed = nn.Linear(encoder.dim, config.dim)
         else:
@@ -81,6 +84,9 @@ class MaskedPredictor(nn.Module):
             rope = rope_table(grid, self.native, head_dim, self.position, 0, x.device, x.dtype)[ids].unsqueeze(1)
         if self.marks_images:
             x = x + (self.img_mod_embed if image else self.video_mod_embed).to(x.dtype)
+        if self.every_parameter:
+            marks = (self.img_mod_embed, self.video_mod_embed) if self.marks_images else ()
+            x = x + no_change((*self.mask_tokens, *marks)).to(x.dtype)
         mask = None if valid is None else valid[:, None, None, :]
         checkpointing = self.config.activation_checkpointing
         x, _ = run_blocks(self.predictor_blocks, x, rope, mask, checkpointing=checkpointing)

@@ -37,8 +37,12 @@ class MaskIds(NamedTuple):
 class Pretraining(nn.Module):
     """The student (encoder), its moving average (target encoder) and the predictor."""
 
-    def __init__(self, config: PretrainModelConfig) -> None:
-        """Raises ValueError for levels or losses that do not fit each other."""
+    def __init__(self, config: PretrainModelConfig, *, every_parameter: bool = False) -> None:
+        """Raises ValueError for levels or losses that do not fit each other.
+
+        `every_parameter`: each forward gives all trained parameters a gradient, if of zeros. For runs that mix clip lengths and
+        images, where microbatches on different workers use different embeddings and tokens.
+        """
         super().__init__()
         config.check()
         encoder, predictor = config.encoder, config.predictor
@@ -46,6 +50,7 @@ class Pretraining(nn.Module):
         self.encoder = VisionTransformer(encoder)
         self.predictor = MaskedPredictor(predictor, encoder, len(config.masks))
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.encoder.every_parameter = self.predictor.every_parameter = every_parameter
         self.levels = self.encoder.level_blocks[-predictor.levels :] if encoder.levels > 1 else ()
 
     @torch.no_grad()

@@ -1,12 +1,12 @@
-"""Which video, which frames, which crop: pure functions of (seed, sample number). Numpy only.
+"""Which frames, which crop: pure functions of (seed, sample number). Numpy only. Which video, jepa_core.order decides.
 
 A sample number n names one training clip for ever, whatever the number of workers, nodes or restarts. Step s of a run with
 global batch G holds samples s*G .. (s+1)*G-1, so resuming is a number.
 """
 
+import math
 from collections.abc import Sequence
 from enum import IntEnum
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -110,26 +110,6 @@ def splitmix(keys: np.ndarray, places: np.ndarray) -> np.ndarray:
     return z
 
 
-def video_of_sample(seed: int, n: int, num_videos: int, attempt: int = 0) -> int:
-    """Row of the catalog that sample n shows: each epoch is a fresh permutation of all videos.
-
-    When a video cannot be decoded, the documented rule draws another one: `attempt` 1, 2, ... picks uniformly by
-    (seed, n, attempt), so the replacement is as reproducible as the choice.
-    """
-    if attempt:
-        return int(generator(seed, Stream.REPLACEMENT, n, attempt).integers(num_videos))
-    epoch, position = divmod(n, num_videos)
-    return int(_permutation(seed, epoch, num_videos)[position])
-
-
-def epoch_order(seed: int, epoch: int, num_videos: int) -> np.ndarray:
-    """Rows of the catalog in the order in which one epoch shows them: a permutation, int64 [num_videos]."""
-    return generator(seed, Stream.ORDER, epoch).permutation(num_videos)
-
-
-_permutation = lru_cache(maxsize=4)(epoch_order)
-
-
 def clip_frames(pts_seconds: np.ndarray, num_frames: int, fps: float, u: float) -> np.ndarray:
     """Indices int64 [num_frames] of the frames shown nearest after start + k / fps seconds.
 
@@ -163,6 +143,23 @@ def frames_on_screen(pts_seconds: np.ndarray, times: np.ndarray) -> np.ndarray:
     It is the last frame whose presentation has begun; half a microsecond absorbs rounding.
     """
     return np.clip(np.searchsorted(pts_seconds, times + 5e-7, side="right") - 1, 0, len(pts_seconds) - 1)
+
+
+def reference_frames(count: int, average_fps: float, num_frames: int, fps: float, u: float) -> np.ndarray:
+    """Frame numbers int64 [num_frames] of one clip as V-JEPA 2 samples a video of `count` frames.
+
+    The step is the average rate, rounded up, over `fps`, rounded down. Numbers are spread over num_frames * step frames with both
+    ends included, so a clip is slower than `fps`; where it would not fit, they run over the whole video and its last frame is
+    repeated. `u` in [0, 1) places the window; as there, it never reaches the last frame. A rate below `fps`, which the reference
+    refuses, gives every frame. Source: facebookresearch/vjepa2, src/datasets/video_dataset.py, loadvideo_decord.
+    """
+    step = max(1, int(math.ceil(average_fps) // fps))
+    span = num_frames * step
+    if count > span:
+        start = int(u * (count - span))
+        return np.clip(np.linspace(start, start + span, num_frames), start, start + span - 1).astype(np.int64)
+    places = np.linspace(0, count, count // step)
+    return np.clip(np.concatenate([places, np.full(num_frames - len(places), count)]), 0, count - 1).astype(np.int64)
 
 
 def crop_box(width: int, height: int, config: ClipConfig, rng: np.random.Generator) -> Crop:

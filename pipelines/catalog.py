@@ -6,6 +6,7 @@ made from as a Delta application transaction, and a writer that was overtaken re
 `URI@version` pins a version of `videos`; the commit carries the version of `quarantine` that belongs to it.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -147,13 +148,34 @@ def shown_between(ref: CatalogRef, row: dict[str, Any], first_pts: int, last_pts
 
     The frame on screen at `first_pts` is among them. Raises InputRefused when the pack is damaged.
     """
+    return packet_index.shown(packets_between(ref, row, first_pts, last_pts))
+
+
+def packets_between(ref: CatalogRef, row: dict[str, Any], first_pts: int, last_pts: int) -> packet_index.PacketIndex:
+    """The packets that the frames of `shown_between` need to be decoded, from a key frame on."""
+    return _index_part(ref, row, partial(packet_index.slice_range, row["index_directory"], first_pts, last_pts))[0]
+
+
+def packets_of_frames(ref: CatalogRef, row: dict[str, Any], first: int, last: int) -> tuple[packet_index.PacketIndex, int]:
+    """The packets for frames number `first` to `last` in order of presentation, and the number of the first frame they show."""
+    index, start = _index_part(ref, row, partial(packet_index.slice_of_frames, row["index_directory"], first, last))
+    return index, packet_index.frames_before(row["index_directory"], start)
+
+
+def _index_part(
+    ref: CatalogRef, row: dict[str, Any], where: Callable[[], tuple[int, int]]
+) -> tuple[packet_index.PacketIndex, int]:
+    """The packets in the bytes of the blob that `where` names, and the first of those bytes, by one ranged read."""
+    uri, at = pack_uri(ref, row["index_pack"]), row["index_offset"]
     try:
-        start, stop = packet_index.slice_range(row["index_directory"], first_pts, last_pts)
-        at = row["index_offset"]
-        part = storage.read_range(pack_uri(ref, row["index_pack"]), at + start, at + stop)
-        return packet_index.shown(packet_index.decode_slice(part, row["index_directory"], start, stop))
+        start, stop = where()
+        for verify in (False, True):  # every segment carries a checksum, so it need not be read twice where the way is not safe
+            part = storage.read_range(uri, at + start, at + stop, verify=verify)
+            with contextlib.suppress(ValueError):
+                return packet_index.decode_slice(part, row["index_directory"], start, stop), start
+        return packet_index.decode_slice(part, row["index_directory"], start, stop), start
     except ValueError as error:
-        raise InputRefused(f"{pack_uri(ref, row['index_pack'])}: the index of {row['uri']} is damaged ({error})") from error
+        raise InputRefused(f"{uri}: the index of {row['uri']} is damaged ({error})") from error
 
 
 def compact(ref: CatalogRef) -> dict[str, int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines import config as schema
 from pipelines import ingest_config as ingest_schema
+from pipelines import ledger_config as ledger_schema
 from pipelines import presets
 from pipelines.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, JepaError, UsageError
 from pipelines.progress import Reporter
@@ -75,6 +76,14 @@ VERBS = {
         ("run.dir",),
     ),
     "plan": Verb(schema.PlanConfig, "pipelines.plan", "plan to goal images in the simulator", ("model",), ("run.dir",)),
+    "run": Verb(
+        ledger_schema.RunFolderConfig,
+        "pipelines.run_verb",
+        "what a run holds, and which samples trained it",
+        ("run",),
+        ("out",),
+        ("action", "run"),
+    ),
     "report": Verb(schema.ReportConfig, "pipelines.report", "one HTML page about a run", ("run",), ("out",), ("run",)),
     "convert": Verb(
         schema.ConvertConfig,

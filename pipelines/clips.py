@@ -1,125 +1,198 @@
-"""Ray Data's part of pretraining: sample numbers in, decoded uint8 tubelets out, one block per worker and step."""
+"""Ray Data's part of pretraining: numbers of units in, decoded uint8 tubelets out.
 
-import json
+`plan_units` gives every unit the catalog rows of its samples, `decode_unit` reads the clips. Both are pure in their arguments.
+"""
+
 import math
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 
-from jepa_core.config import ClipConfig, EncoderConfig
-from jepa_core.sampling import Stream, clip_times, crop_box, frames_on_screen, generator, video_of_sample
-from pipelines import catalog, storage
-from pipelines.catalog_schema import CatalogRef
-from pipelines.columns import FAILURES, SAMPLE
-from pipelines.config import DataConfig
+from jepa_core.config import ClipConfig
+from jepa_core.order import DatasetSize, Draw, SamplePlan
+from jepa_core.sampling import Stream, generator
+from pipelines import catalog, epoch_plan, item_ids, storage, units
+from pipelines.catalog_schema import VIDEOS, CatalogRef
+from pipelines.clip_reader import COLUMNS, read_clip
+from pipelines.config import DataConfig, PretrainConfig
 from pipelines.errors import InputRefused
-from pipelines.video import VideoRefused, decode_clip, tubelets
+from pipelines.video import VideoRefused
 
 TUBELETS = "tubelets"
 """uint8 [B, N, P], P values of a tubelet (1536 for 2x16x16 pixels)"""
-COLUMNS = (
-    *("uri", "offset", "size", "etag", "stream", "width", "height", "time_base_num", "time_base_den", "start_pts", "end_pts"),
-    *("fps", "cuts", "index_pack", "index_offset", "index_directory"),
-)
+PLAN = "plan"
+"""Folder of a run's epoch plans."""
+_ROWS = "rows"
 
 
-def clip_dataset(
-    ref: CatalogRef,
-    videos: pa.Table,
-    clip: ClipConfig,
-    encoder: EncoderConfig,
-    seed: int,
-    blocks: ray.data.Dataset,
-    first_sample: int,
-    data: DataConfig,
-) -> ray.data.Dataset:
-    """Decoded training clips. `videos` are the catalog's rows in order; they travel once, through the object store."""
-    kwargs = {
-        "ref": ref,
-        "videos": ray.put(videos.select(list(COLUMNS))),
-        "clip": clip,
-        "encoder": encoder,
-        "seed": seed,
-        "first_sample": first_sample,
-        "max_replacements": data.max_replacements,
-    }
-    compute = ray.data.TaskPoolStrategy(size=data.decode_tasks) if data.decode_tasks else None
-    return blocks.map_batches(decode_batch, batch_size=None, batch_format="numpy", num_cpus=1, compute=compute, fn_kwargs=kwargs)
+class Source(NamedTuple):
+    """One dataset of a run."""
+
+    name: str
+    ref: CatalogRef
+    clip: ClipConfig
+    table: Any
+    """Its videos with COLUMNS, or Ray's reference to them; None where they stand in epoch plans."""
 
 
-def decode_batch(
-    batch: dict[str, np.ndarray],
-    *,
-    ref: CatalogRef,
-    videos: Any,
-    clip: ClipConfig,
-    encoder: EncoderConfig,
-    seed: int,
-    first_sample: int,
-    max_replacements: int,
-) -> dict[str, np.ndarray]:
-    """One worker's batch: columns sample [B], tubelets [B, N, P], uri [B], failures [B]. Pure in its arguments."""
-    table = ray.get(videos)
-    rows = [sample_clip(ref, table, int(n) + first_sample, clip, encoder, seed, max_replacements) for n in batch["id"]]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+@dataclass(frozen=True)
+class ClipData:
+    """What a run shows, in a form that travels to every task."""
+
+    groups: tuple[int, ...]
+    """Clip lengths of the run, in frames: a unit holds clips of one of them."""
+    digests: dict[str, str]
+    """By dataset: 16 hex digits over the ids of its videos."""
+    sources: tuple[Source, ...]
+    plan: SamplePlan
+    microbatches: int
+    shape: tuple[int, int, int]
+    """Tubelet: frames, height and width in pixels; of a single frame it is one frame deep."""
+    plans_uri: str
+    data: DataConfig
+
+    def shape_of(self, group: int) -> tuple[int, ...]:
+        """[t, h, w, d, p, p, 3] of one clip of a group: its tubelets in raster order."""
+        depth, *patch = self.shape
+        frames, size = self.groups[group], self.sources[0].clip.crop_size
+        depth = 1 if frames == 1 else depth
+        return frames // depth, size // patch[0], size // patch[1], depth, *patch, 3
 
 
-def sample_clip(
-    ref: CatalogRef, videos: pa.Table, n: int, clip: ClipConfig, encoder: EncoderConfig, seed: int, max_replacements: int
-) -> dict[str, Any]:
-    """Sample n, decoded and cut. A video that fails is recorded and replaced by the rule of `video_of_sample`.
+def open_data(config: PretrainConfig, microbatches: int, *, shared: bool = True) -> ClipData:
+    """Describe the data of a run whose catalogs are pinned; `shared` puts their videos into Ray's object store.
+
+    Raises InputRefused for a catalog without videos.
+    """
+    sources, digests, sizes = [], {}, []
+    groups = tuple(dict.fromkeys(config.clip_of(source).num_frames for source in config.sources.values()))
+    for name, source in config.sources.items():
+        ref, clip = catalog.parse_ref(source.catalog), config.clip_of(source)
+        size, digests[name] = _size_and_digest(ref)
+        if not size:
+            raise InputRefused(f"{ref} holds no video that training would read: ingest some first")
+        table = None
+        if size <= config.data.rows_in_memory or not shared:
+            table = catalog.read_videos(ref, COLUMNS)
+            table = ray.put(table) if shared else table
+        sources.append(Source(name, ref, clip, table))
+        sizes.append(DatasetSize(size, source.weight, groups.index(clip.num_frames)))
+    encoder = config.model.encoder
+    return ClipData(
+        groups=groups,
+        digests=digests,
+        sources=tuple(sources),
+        plan=SamplePlan(config.seed, sizes, config.train.batch_size // microbatches),
+        microbatches=microbatches,
+        shape=(encoder.tubelet_size, encoder.patch_size, encoder.patch_size),
+        plans_uri=storage.join(config.run.dir, PLAN),
+        data=config.data,
+    )
+
+
+def unit_dataset(data: ClipData, first_step: int, steps: int, fillers: int) -> ray.data.Dataset:
+    """The units of steps first_step to steps - 1, in order, and so many fillers behind them."""
+    size = max(math.prod(data.shape_of(group)) for group in range(len(data.groups))) * data.plan.samples_per_unit
+    return units.dataset(first_step, steps, data.microbatches, fillers, plan_units, decode_unit, {"data": data}, size, data.data)
+
+
+def plan_units(piece: pa.Table, data: ClipData) -> Iterator[pa.Table]:
+    """A row for each unit of a piece: its number, its step, and the catalog rows of its samples as an Arrow stream."""
+    for number, step in units.numbers(piece, data.microbatches):
+        blob = pa.py_buffer(b"")
+        if step != units.FILLER:
+            blob = _packed(_rows(data, data.plan.unit(number)[1]))
+        yield units.planned(number, step, {_ROWS: blob})
+
+
+def decode_unit(planned: pa.Table, data: ClipData) -> pa.Table:
+    """Read and cut the clips of one unit. What does not decode is recorded and replaced by the rule of SamplePlan.replacement.
 
     Raises InputRefused when the replacements fail as well.
     """
-    failures: list[dict[str, Any]] = []
-    for attempt in range(max_replacements + 1):
-        row = video_of_sample(seed, n, videos.num_rows, attempt)
+    number, step, arrays = units.plan_of(planned)
+    if step == units.FILLER:
+        return units.filler(number, [TUBELETS])
+    group, draw = data.plan.unit(number)
+    rows = pa.ipc.open_stream(arrays[_ROWS]).read_all().to_pylist()
+    out = np.empty((len(rows), *data.shape_of(group)), np.uint8)
+    ids, failures = [], []
+    for place, entry in enumerate(rows):
+        shown, failed = _sample(data, int(draw.sample[place]), int(draw.dataset[place]), entry, out[place])
+        ids.append(shown["id"])
+        failures += [{"step": step + 1, **failure} for failure in failed]
+    told = units.digest(draw.sample, ids)
+    return units.block(number, step, group, draw.sample, {TUBELETS: out}, datasets=draw.dataset, digest=told, failures=failures)
+
+
+def sample_clip(data: ClipData, n: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Sample n: its tubelets uint8 [t, h, w, d, p, p, 3], and the catalog row that it shows. Raises as `decode_unit` does."""
+    draw = data.plan.samples(n, 1)
+    (entry,) = _rows(data, draw).to_pylist()
+    dataset = int(draw.dataset[0])
+    out = np.empty(data.shape_of(data.plan.datasets[dataset].group), np.uint8)
+    shown, _ = _sample(data, n, dataset, entry, out)
+    return out, shown
+
+
+def _sample(
+    data: ClipData, n: int, dataset: int, entry: dict[str, Any], out: np.ndarray
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read sample n into `out`. Returns the catalog row that it shows, and what failed before."""
+    source, failures = data.sources[dataset], []
+    for attempt in range(data.data.max_replacements + 1):
+        if attempt:
+            (entry,) = _rows(data, data.plan.replacement(n, attempt)).to_pylist()
         try:
-            uri, frames = _decode(ref, videos, row, clip, generator(seed, Stream.CLIP, n, attempt))
+            read_clip(source.ref, entry, source.clip, generator(data.plan.seed, Stream.CLIP, n, attempt), out)
+            return entry, [{**failure, "replaced_by": entry["uri"]} for failure in failures]
         except VideoRefused as refusal:
-            uri = videos["uri"][row].as_py()
-            failures.append({"sample": n, "uri": uri, "reason": refusal.reason, "detail": refusal.detail, "attempt": attempt})
-            continue
+            reason, detail = refusal.reason, refusal.detail
         except InputRefused as error:
-            uri = videos["uri"][row].as_py()
-            reason = "changed" if isinstance(error, storage.ObjectChanged) else "vanished"
-            failures.append({"sample": n, "uri": uri, "reason": reason, "detail": str(error), "attempt": attempt})
-            continue
-        return {
-            SAMPLE: np.int64(n),
-            TUBELETS: tubelets(frames, encoder.tubelet_size, encoder.patch_size),
-            "uri": np.str_(uri),
-            FAILURES: np.str_(json.dumps([{**f, "replaced_by": uri} for f in failures]) if failures else ""),
-        }
+            reason, detail = "changed" if isinstance(error, storage.ObjectChanged) else "vanished", str(error)
+        failure = {"sample": n, "dataset": source.name, "uri": entry["uri"], "reason": reason, "detail": detail}
+        failures.append({**failure, "attempt": attempt})
     tried = ", ".join(f"{failure['uri']} ({failure['reason']})" for failure in failures)
-    raise InputRefused(f"sample {n} and its {max_replacements} replacements do not decode: {tried}; ingest the catalog again")
+    raise InputRefused(
+        f"sample {n} and its {data.data.max_replacements} replacements do not decode: {tried}; ingest the catalog again"
+    )
 
 
-def _decode(ref: CatalogRef, videos: pa.Table, row: int, clip: ClipConfig, rng: np.random.Generator) -> tuple[str, np.ndarray]:
-    entry = {name: videos[name][row].as_py() for name in COLUMNS}
-    pts = clip_pts(ref, entry, clip.num_frames, clip.fps, float(rng.random()))
-    crop = crop_box(entry["width"], entry["height"], clip, rng)
-    with storage.open_file(entry["uri"], offset=entry["offset"], size=entry["size"], etag=entry["etag"]) as file:
-        return entry["uri"], decode_clip(file, entry["stream"], pts, crop, clip.crop_size)
+def _rows(data: ClipData, draw: Draw) -> pa.Table:
+    """The catalog rows of a draw, in its order."""
+    found, order = [], []
+    for dataset in np.unique(draw.dataset):
+        source = data.sources[dataset]
+        for epoch in np.unique(draw.epoch[draw.dataset == dataset]):
+            wanted = np.flatnonzero((draw.dataset == dataset) & (draw.epoch == epoch))
+            if source.table is None:
+                size = (source.ref, data.plans_uri, data.plan.seed, int(dataset), int(epoch))
+                rows = epoch_plan.rows(*size, draw.place[wanted])
+            else:
+                table = ray.get(source.table) if isinstance(source.table, ray.ObjectRef) else source.table
+                rows = table.take(draw.row[wanted])
+            found.append(rows.select(list(COLUMNS)))
+            order.append(wanted)
+    return pa.concat_tables(found).take(np.argsort(np.concatenate(order)))
 
 
-def clip_pts(ref: CatalogRef, entry: dict[str, Any], num_frames: int, fps: float, u: float) -> np.ndarray:
-    """Presentation times int64 [num_frames] of the frames of one clip, read from the slice of the packet index that it needs."""
-    seconds = entry["time_base_num"] / entry["time_base_den"]
-    times = clip_times(shots(entry) * seconds, num_frames, fps, u)
-    # One unit more on each side: rounding must not lose the frame on screen at the first time, or at the last.
-    first, last = math.floor(times[0] / seconds) - 1, math.ceil(times[-1] / seconds) + 1
-    pts = catalog.shown_between(ref, entry, max(first, entry["start_pts"]), last)
-    return pts[frames_on_screen(pts * seconds, times)]
+def _packed(rows: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as stream:
+        stream.write_table(rows.combine_chunks())
+    return sink.getvalue()
 
 
-def shots(entry: dict[str, Any]) -> np.ndarray:
-    """First and last frame of each shot, int64 [S, 2] in pts: a whole video where no cuts were looked for."""
-    cuts = np.array(entry["cuts"] or [], dtype=np.int64)
-    frame = round(entry["time_base_den"] / (entry["time_base_num"] * entry["fps"])) if entry["fps"] else 1
-    starts = np.concatenate([[entry["start_pts"]], cuts])
-    ends = np.concatenate([np.maximum(cuts - frame, starts[:-1]), [entry["end_pts"]]])
-    return np.stack([starts, ends], axis=1)
+def _size_and_digest(ref: CatalogRef) -> tuple[int, str]:
+    """Number of kept videos, and a digest of their ids that does not depend on the order in which they are stored."""
+    count, total = 0, np.zeros(2, np.uint64)
+    for batch in catalog.batches(ref, VIDEOS, ["id"], catalog.KEPT):
+        count += len(batch)
+        total += item_ids.words(batch["id"]).sum(axis=0, dtype=np.uint64)
+    return count, blake2b(f"{count} {total[0]:x} {total[1]:x}".encode(), digest_size=8).hexdigest()

@@ -3,7 +3,8 @@
 This module imports neither torch nor ray, so that `jepa --help` and any mistake in a configuration answer at once.
 """
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from omegaconf import MISSING
@@ -17,6 +18,10 @@ from jepa_core.config import (
     PretrainModelConfig,
 )
 from pipelines.errors import UsageError
+
+ONE_CATALOG = "catalog"
+"""Name of the dataset of a run that has a `catalog` instead of `datasets`."""
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -43,24 +48,40 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Steps, batch and workers of a training run. `batch_size` is global; each worker takes an equal share."""
+    """Steps, batch and workers of a training run."""
 
     steps: int = MISSING
     batch_size: int = 8
+    """Samples of a step, over all workers."""
+    microbatches: int = 0
+    """Equal parts that every step is made of, whatever the number of workers: each is decoded, masked and computed as one. A
+    worker that has several accumulates their gradients. 0 makes one for each worker of the run's first start."""
     num_workers: int = 1
-    """Ray Train workers (DDP). 0 trains in the calling process, without a worker group."""
+    """Ray Train workers. 0 trains in the calling process, without a worker group."""
+    min_workers: int = 0
+    """Elastic when above 0: the run goes on with as many workers as there is room for, from here to num_workers."""
     cpus_per_worker: float = 1.0
     use_gpu: bool = False
     precision: Literal["bf16", "fp32"] = "bf16"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Several workers: each holds the whole model, or a shard of weights, moments and target encoder (FSDP2)."""
+    deterministic: Literal["none", "canonical"] = "none"
+    """canonical: gradients of the microbatches are added in their order, one after another, so that on CPUs losses and weights
+    are the same bits for any number of workers. Costs a broadcast of all gradients for each microbatch; ddp only."""
     compile: bool = False
     """torch.compile the transformer blocks; the first step takes a minute longer and needs a C++ compiler on CPUs."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = 0
+    """Steps. 0 saves by the clock, at sqrt(2 x measured cost of saving x mttf_hours): Young's optimum."""
+    mttf_hours: float = 24.0
+    """Mean time between failures of the whole run; by Llama 3's public log some 50,000 GPU-hours divided by the GPUs."""
     keep_checkpoints: int = 2
     log_every: int = 10
     max_failures: int = 3
-    """Worker-group restarts before the run gives up; each continues from the last committed checkpoint."""
+    """Restarts of the workers without a new checkpoint in between, before the run gives up."""
+    peak_tflops: float = 0.0
+    """Of one worker's device, dense, in the training precision: MFU is told relative to it. 0 asks the device."""
+    trackers: list[str] = field(default_factory=list)
+    """Where metrics go besides the run folder: tensorboard, wandb, mlflow."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +90,41 @@ class DataConfig:
 
     decode_tasks: int = 0
     """Concurrent decode tasks; 0 leaves it to Ray Data."""
+    decode_on: Literal["auto", "anywhere", "labelled"] = "auto"
+    """auto: on nodes with Ray's label role=decode when there are such, else anywhere; labelled: only there, waiting for them."""
     max_replacements: int = 3
-    """Videos tried for one sample before the run stops; each failure is a row in the run's quarantine."""
+    """Further videos tried for one sample before the run stops; each failure is a row in the run's quarantine."""
+    rows_in_memory: int = 1_000_000
+    """A catalog with more videos is not held in memory: its rows are written below the run in the order of each epoch."""
+
+    def __post_init__(self) -> None:
+        """Refuse negative numbers."""
+        if min(self.decode_tasks, self.max_replacements, self.rows_in_memory) < 0:
+            raise UsageError("data.decode_tasks, data.max_replacements and data.rows_in_memory must not be negative")
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One of several catalogs that a run mixes."""
+
+    catalog: str = MISSING
+    """URI of the catalog, as in PretrainConfig."""
+    weight: float = 1.0
+    """Share of the samples, relative to the other datasets' weights."""
+    num_frames: int = 0
+    """Clip length; 0 takes clip.num_frames, 1 trains on single frames."""
+    fps: float = 0.0
+    """Frames per second of a clip; 0 takes clip.fps."""
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """jepa pretrain: masked latent prediction on the clips of a catalog."""
 
-    catalog: str = MISSING
+    catalog: str | None = None
     """URI of the catalog, `@version` pins one; without it the newest version is pinned when the run starts."""
+    datasets: dict[str, DatasetConfig] = field(default_factory=dict)
+    """Instead of `catalog`: several catalogs by name, mixed by weight. Those of equal clip length share batches."""
     seed: int = 0
     init: str | None = None
     """Run folder or model folder to start from, for a cooldown at another clip length or size: weights, and a run's moments."""
@@ -92,7 +138,7 @@ class PretrainConfig:
 
     def check(self) -> None:
         """Numbers that do not fit together, found before anything starts."""
-        _check_clip(self.clip, self.model.encoder.tubelet_size, self.model.encoder.patch_size)
+        _check_datasets(self)
         _check_train(self.train)
         _check_heads("model.encoder", self.model.encoder.dim, self.model.encoder.heads)
         _check_heads("model.predictor", self.model.predictor.dim, self.model.predictor.heads)
@@ -104,6 +150,20 @@ class PretrainConfig:
             raise UsageError("model.masks is empty: give at least one mask, or leave the key out for the paper's two")
         for index, mask in enumerate(self.model.masks):
             _check_mask(f"model.masks.{index}", mask)
+
+    @property
+    def sources(self) -> dict[str, DatasetConfig]:
+        """The datasets by name; of a run with one catalog, ONE_CATALOG."""
+        return dict(self.datasets) or {ONE_CATALOG: DatasetConfig(self.catalog or "")}
+
+    def clip_of(self, source: DatasetConfig) -> ClipConfig:
+        """How clips of one dataset are cut."""
+        return replace(self.clip, num_frames=source.num_frames or self.clip.num_frames, fps=source.fps or self.clip.fps)
+
+    def with_catalogs(self, uris: dict[str, str]) -> "PretrainConfig":
+        """The same run with other catalog URIs, by dataset name."""
+        datasets = {name: replace(source, catalog=uris[name]) for name, source in self.datasets.items()}
+        return replace(self, datasets=datasets, catalog=None if datasets else uris[ONE_CATALOG])
 
 
 @dataclass(frozen=True)
@@ -298,23 +358,46 @@ class DemoConfig:
     ray: RayConfig = field(default_factory=RayConfig)
 
 
-def _check_clip(clip: ClipConfig, tubelet_size: int, patch_size: int) -> None:
-    if clip.num_frames < tubelet_size or clip.num_frames % tubelet_size:
-        raise UsageError(f"clip.num_frames={clip.num_frames} must be a positive multiple of the tubelet's {tubelet_size} frames")
+def _check_clip(name: str, clip: ClipConfig, tubelet_size: int, patch_size: int) -> None:
+    if clip.num_frames < 1 or clip.num_frames % (1 if clip.num_frames == 1 else tubelet_size):
+        frames = f"{name}.num_frames={clip.num_frames}"
+        raise UsageError(f"{frames} must be 1 or a positive multiple of the tubelet's {tubelet_size} frames")
     if clip.crop_size < patch_size or clip.crop_size % patch_size:
         raise UsageError(f"clip.crop_size={clip.crop_size} must be a positive multiple of the patch size {patch_size}")
     if clip.fps <= 0:
-        raise UsageError(f"clip.fps={clip.fps} must be positive")
+        raise UsageError(f"{name}.fps={clip.fps} must be positive")
+
+
+def _check_datasets(config: PretrainConfig) -> None:
+    if bool(config.catalog) == bool(config.datasets):
+        found = "is there besides datasets" if config.catalog else "is missing"
+        raise UsageError(f"catalog {found}: give catalog=VALUE, or datasets.NAME.catalog=VALUE for each of several")
+    for name, source in config.sources.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+            raise UsageError(f"datasets.{name}: a name is made of letters, digits, _ and -")
+        if not 0 < source.weight < float("inf"):
+            raise UsageError(f"datasets.{name}.weight={source.weight} must be positive")
+        where = f"datasets.{name}" if config.datasets else "clip"
+        _check_clip(where, config.clip_of(source), config.model.encoder.tubelet_size, config.model.encoder.patch_size)
 
 
 def _check_train(train: TrainConfig) -> None:
-    workers = max(1, train.num_workers)
     if train.steps < 1:
         raise UsageError(f"train.steps={train.steps} must be at least 1")
-    if train.batch_size < 1 or train.batch_size % workers:
-        raise UsageError(f"train.batch_size={train.batch_size} must be a positive multiple of train.num_workers={workers}")
-    if train.checkpoint_every < 1 or train.log_every < 1:
-        raise UsageError("train.checkpoint_every and train.log_every must be at least 1")
+    workers = max(1, train.num_workers)
+    parts, name = (train.microbatches, "microbatches") if train.microbatches else (workers, "num_workers")
+    if train.batch_size < 1 or train.batch_size % parts:
+        raise UsageError(f"train.batch_size={train.batch_size} must be a positive multiple of train.{name}={parts}")
+    if workers > parts:
+        raise UsageError(f"train.num_workers={workers} leaves workers without any of the train.microbatches={parts} of a step")
+    if train.min_workers > train.num_workers:
+        raise UsageError(f"train.min_workers={train.min_workers} is above train.num_workers={train.num_workers}")
+    if train.deterministic == "canonical" and train.parallel == "fsdp":
+        raise UsageError("train.deterministic=canonical adds whole gradients: use train.parallel=ddp")
+    if train.checkpoint_every < 0 or train.log_every < 1 or train.keep_checkpoints < 1 or train.mttf_hours <= 0:
+        raise UsageError("train.checkpoint_every must not be negative, log_every, keep_checkpoints and mttf_hours be positive")
+    if unknown := set(train.trackers) - set(TRACKERS):
+        raise UsageError(f"train.trackers names {min(unknown)!r}: choose from {', '.join(TRACKERS)}")
 
 
 def _check_heads(name: str, dim: int, heads: int) -> None:

@@ -1,13 +1,15 @@
 """The videos of one epoch in the order in which training shows them, as Parquet parts: for tables that fit in no decode task.
 
-Sample n of an epoch shows row `video_of_sample` of the catalog's order; the plan's row n holds that video's columns. Two passes
-over the table: the first ranks all videos by place, the second hands every row to its part by way of a file on the local disk.
-Memory grows with the names of the videos (about 100 bytes each), the local file with the columns (about 220 bytes each).
+The plan's row n holds the columns of the video at place n of the epoch (jepa_core.order). Two passes over the table: the first
+ranks all videos by place, the second hands every row to its part by way of a file on the local disk. Memory grows with the names
+of the videos (about 100 bytes each), the local file with the columns (about 220 bytes each). A part is read whole, so a reader
+that follows the order holds one.
 """
 
 import itertools
 import json
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +17,71 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jepa_core.sampling import epoch_order
+from jepa_core.order import epoch_order
 from pipelines import catalog, storage
 from pipelines.catalog_schema import VIDEO_SCHEMA, VIDEOS, CatalogRef
-from pipelines.clips import COLUMNS
+from pipelines.clip_reader import COLUMNS
 from pipelines.errors import InputRefused
 
 MANIFEST = "plan.json"
 """Written last: a folder without it is no plan."""
 ROW = "row"
-"""The video's number in the catalog's order, int64: what `video_of_sample` gives."""
+"""The video's number in the catalog's order, int64."""
 PLAN_SCHEMA = pa.schema([(ROW, pa.int64()), *(VIDEO_SCHEMA.field(name) for name in COLUMNS)])
 SPOOLED = 500_000
 """Rows sorted at once on their way to the parts."""
+ROWS_PER_PART = 20_000
+"""Some 2.5 MB as written and 9 MB in memory: what a reader holds, and what it reads for a single row out of order."""
+OPEN_PARTS = 8
+"""Parts that a process holds: as many datasets can be mixed without reading a part twice."""
 
 
-def write(ref: CatalogRef, out_uri: str, seed: int, epoch: int, rows_per_part: int = 100_000) -> dict[str, Any]:
-    """Write the plan of one epoch below `out_uri`. Returns its manifest: catalog, seed, epoch, rows, parts.
+def rows(ref: CatalogRef, plans_uri: str, seed: int, dataset: int, epoch: int, places: np.ndarray) -> pa.Table:
+    """The videos at some places int64 [n] of an epoch, in their order, with ROW. The epoch's plan is written when there is none.
+
+    Plans lie below `plans_uri`; the one before last is deleted when another is written. Raises as `write` does.
+    """
+    uri, rows_per_part = _written(ref, plans_uri, seed, dataset, epoch)
+    part_of = places // rows_per_part
+    found = []
+    for number in np.unique(part_of):
+        found.append(_part(storage.join(uri, _name(number))).take(places[part_of == number] - number * rows_per_part))
+    return pa.concat_tables(found).take(np.argsort(np.argsort(part_of, kind="stable")))
+
+
+@lru_cache(maxsize=64)
+def _written(ref: CatalogRef, plans_uri: str, seed: int, dataset: int, epoch: int) -> tuple[str, int]:
+    """Where the plan of one epoch of a dataset lies, and the rows of its parts."""
+    uri = storage.join(plans_uri, _folder(dataset, epoch))
+    told = write(ref, uri, seed, dataset, epoch, ROWS_PER_PART)
+    outdated = storage.join(plans_uri, _folder(dataset, epoch - 2))  # of the last one, tasks may still read replacements
+    storage.delete(info.uri for info in storage.list_files(outdated, missing_ok=True))
+    return uri, told["rows_per_part"]
+
+
+def _folder(dataset: int, epoch: int) -> str:
+    return f"{dataset:03d}-{epoch:06d}"
+
+
+def _name(number: int) -> str:
+    return f"part-{number:06d}.parquet"
+
+
+@lru_cache(maxsize=OPEN_PARTS)
+def _part(uri: str) -> pa.Table:
+    return pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+
+
+def write(
+    ref: CatalogRef, out_uri: str, seed: int, dataset: int, epoch: int, rows_per_part: int = ROWS_PER_PART
+) -> dict[str, Any]:
+    """Write the plan of one epoch below `out_uri`. Returns its manifest: catalog, seed, dataset, epoch, rows, parts.
 
     The same arguments give the same rows under the same names, so writing it again after a kill is harmless. Raises InputRefused
     for a catalog without kept videos, or where another plan stands already.
     """
     ref = catalog.pin(ref)
-    asked = {"catalog": str(ref), "seed": seed, "epoch": epoch, "rows_per_part": rows_per_part}
+    asked = {"catalog": str(ref), "seed": seed, "dataset": dataset, "epoch": epoch, "rows_per_part": rows_per_part}
     if storage.exists(storage.join(out_uri, MANIFEST)):
         there = manifest(out_uri)
         if asked.items() <= there.items():
@@ -47,8 +91,8 @@ def write(ref: CatalogRef, out_uri: str, seed: int, epoch: int, rows_per_part: i
     if not len(rank):
         raise InputRefused(f"{ref} holds no video that training would read: ingest some first")
     place = np.empty(len(rank), np.int64)  # of a row of the catalog's order within the epoch
-    place[epoch_order(seed, epoch, len(rank))] = np.arange(len(rank))
-    names = [f"part-{number:06d}.parquet" for number in range(-(-len(rank) // rows_per_part))]
+    place[epoch_order(seed, dataset, epoch, len(rank))] = np.arange(len(rank))
+    names = [_name(number) for number in range(-(-len(rank) // rows_per_part))]
     with tempfile.TemporaryDirectory(prefix="jepa-plan-") as folder:
         spool = Path(folder) / "rows.arrow"
         runs = _spool(ref, rank, place, spool, rows_per_part, len(names))

@@ -12,6 +12,7 @@ import itertools
 import struct
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -96,6 +97,26 @@ def slice_range(directory: bytes, first_pts: int, last_pts: int) -> tuple[int, i
     if begin and min(max(first_pts, low), high) - low < int(table.lead[begin]):
         begin -= 1  # leading pictures of an open GOP: they follow their key frame but refer to pictures before it
     return int(table.start[begin]), int(table.start[end])
+
+
+def slice_of_frames(directory: bytes, first: int, last: int) -> tuple[int, int]:
+    """Bytes [start, stop) of the blob for frames number `first` to `last`, counted from 0 in order of presentation.
+
+    As `slice_range` does by time; `frames_before` is the number of the slice's first frame. Where segments overlap in time, as
+    when timestamps jump back, it is the whole blob. Raises ValueError for a number that no frame has, or a corrupt directory.
+    """
+    table = _read_directory(directory)
+    counts = table.packets - table.hidden
+    ends = np.cumsum(counts)
+    if not 0 <= first <= last < ends[-1]:
+        raise ValueError(f"packet index: no frames {first} to {last}; the video shows {ends[-1]}")
+    shows = counts > 0
+    if (table.low[shows][1:] <= table.high[shows][:-1]).any():
+        return 0, int(table.start[-1])
+    begin, end = (int(k) for k in np.searchsorted(ends, [first, last], side="right"))
+    if begin and table.lead[begin]:
+        begin -= 1  # leading pictures of an open GOP refer to the segment before
+    return int(table.start[begin]), int(table.start[end + 1])
 
 
 def decode_slice(part: bytes, directory: bytes, start: int, stop: int) -> PacketIndex:
@@ -235,6 +256,7 @@ def _decode_segment(data: bytes, table: _Directory, number: int) -> PacketIndex:
     return part
 
 
+@lru_cache(maxsize=4)  # one clip asks several times
 def _read_directory(directory: bytes) -> _Directory:
     body = directory[_CRC.size :]
     if not body or zlib.crc32(body) != _CRC.unpack(directory[: _CRC.size])[0]:

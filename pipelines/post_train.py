@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,11 @@ from pipelines import model_folder, pretrain, ray_session, run_folder, storage
 from pipelines.config import PostTrainConfig, PretrainConfig
 from pipelines.errors import InputRefused
 from pipelines.progress import Reporter
+from pipelines.trackers import check_trackers
 from pipelines.video import frame_patches
+
+if TYPE_CHECKING:
+    from pipelines.units import Unit
 
 PREDICTOR = "predictor"
 ENCODER_FILE = "encoder.safetensors"
@@ -74,27 +79,33 @@ class PostTraining(nn.Module):
 
 
 class PostTrainTask:
-    """The stage as the training loop sees it (pipelines.train.Task)."""
+    """The stage as the training loop sees it (pipelines.train_worker.Task)."""
 
     exports = (PREDICTOR,)
     leaves_unused = False
 
     def __init__(self, config: PostTrainConfig, device: torch.device) -> None:
-        self.device = device
+        self.device, self.num_frames = device, config.num_frames
         encoder, source = load_frozen_encoder(config.run.dir)
         self.encoder = encoder.to(device)
         self.side = source.clip.crop_size // PATCH_SIZE
         self.module = PostTraining(config, source.model.encoder.dim, self.side).to(device)
 
-    def tensors(self, rows: dict[str, Any], step: int) -> tuple[Tensor, Tensor]:
+    def tensors(self, unit: "Unit") -> tuple[Tensor, Tensor]:
         """Encodes the frames; actions are computed from the states inside the module."""
         from pipelines.trajectories import PATCHES, STATES
 
-        z = encode_frames(self.encoder, torch.tensor(rows[PATCHES], device=self.device), self.side)
-        return z, torch.tensor(rows[STATES], device=self.device)
+        patches = unit.array(PATCHES, np.uint8, (len(unit.samples), self.num_frames * self.side**2, PATCH_SIZE**2 * 3))
+        states = unit.array(STATES, np.float32, (len(unit.samples), self.num_frames, -1))
+        z = encode_frames(self.encoder, torch.from_numpy(patches).to(self.device), self.side)
+        return z, torch.from_numpy(states).to(self.device)
 
     def after_step(self, step: int) -> None:
         """Nothing follows a step."""
+
+    def flops(self, unit: "Unit", numbers: dict[str, Any]) -> float:
+        """Not counted."""
+        return 0.0
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
         """A predictor starts from fresh weights."""
@@ -102,8 +113,10 @@ class PostTrainTask:
 
 def run(config: PostTrainConfig, reporter: Reporter) -> dict[str, Any]:
     """Train to `train.steps`, then measure rollouts. Returns the last losses."""
+    run_dir = storage.normalize(config.run.dir)
     config = replace(config, encoder=storage.normalize(config.encoder), trajectories=storage.normalize(config.trajectories),
-                     run=replace(config.run, dir=storage.normalize(config.run.dir)))  # fmt: skip
+                     run=replace(config.run, dir=run_dir), train=run_folder.resolved(config.train, run_dir))  # fmt: skip
+    check_trackers(config.train.trackers, run_dir)
     frozen = pretrain.load_encoder(config.encoder)
     source = frozen[1]
     if source.model.encoder.patch_size != PATCH_SIZE:
@@ -209,6 +222,7 @@ def _freeze_encoder(encoder: VisionTransformer, source: PretrainConfig, run_dir:
 
 def _fit(config: PostTrainConfig, source: PretrainConfig, reporter: Reporter) -> None:
     from pipelines import train, trajectories
+    from pipelines.train_worker import Loop
 
     index = trajectories.load_index(config.run.dir)
     if index is None:
@@ -216,18 +230,16 @@ def _fit(config: PostTrainConfig, source: PretrainConfig, reporter: Reporter) ->
         index = trajectories.index_episodes(config.trajectories, config.time_base, span)
         trajectories.save_index(index, config.run.dir)
     episodes, _ = split_episodes(trajectories.usable(index), config.holdout)
-    workers = max(1, config.train.num_workers)
     size = source.clip.crop_size
 
-    def dataset(first_step: int) -> Any:
-        blocks = train.numbered_blocks(first_step, config.train.steps, config.train.batch_size, workers)
-        first = first_step * config.train.batch_size
+    def dataset(first_step: int, fillers: int) -> Any:
         return trajectories.trajectory_dataset(
-            episodes, config.num_frames, config.fps, size, config.seed, blocks, first, config.data
-        )
+            episodes, config.num_frames, config.fps, size, config.seed, config.train.batch_size, config.train.microbatches,
+            first_step, config.train.steps, fillers, config.data,
+        )  # fmt: skip
 
     if config.ray.address is None:
         train.check_slots(config.train)
-    loop = train.Loop(partial(PostTrainTask, config), config.train, config.optim, config.run.dir, config.seed)
-    batch_bytes = config.train.batch_size // workers * config.num_frames * size * size * 3
-    train.fit(loop, dataset, batch_bytes, "post-train", reporter)
+    told = {"trajectories": config.trajectories, "encoder": config.encoder}
+    loop = Loop(partial(PostTrainTask, config), config.train, config.optim, config.run.dir, config.seed, told)
+    train.fit(loop, dataset, "post-train", reporter, config)

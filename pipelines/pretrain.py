@@ -4,15 +4,17 @@ the rest.
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from jepa_core import weights
 from jepa_core.config import ClipConfig, PredictorConfig, PretrainModelConfig
-from jepa_core.encoder import VisionTransformer, clip_grid
+from jepa_core.encoder import VisionTransformer, clip_grid, tubelet_values
+from jepa_core.flops import pretraining_flops
 from jepa_core.masks import draw_masks
 from jepa_core.optimization import ema_update
 from jepa_core.positions import Grid
@@ -20,41 +22,56 @@ from jepa_core.pretraining import MaskIds, Pretraining
 from jepa_core.schedules import context_weight, ema_momentum
 from jepa_core.weights import ENCODER, PREDICTOR, TARGET_ENCODER
 from pipelines import catalog, model_folder, ray_session, run_folder, storage
-from pipelines.columns import SAMPLE
 from pipelines.config import PretrainConfig, RunConfig, TrainConfig
 from pipelines.errors import InputRefused
 from pipelines.progress import Reporter
+from pipelines.trackers import check_trackers
+
+if TYPE_CHECKING:
+    from pipelines.units import Unit
 
 
 class PretrainTask:
-    """The stage as the training loop sees it (pipelines.train.Task)."""
+    """The stage as the training loop sees it (pipelines.train_worker.Task)."""
 
     exports = (ENCODER, TARGET_ENCODER, PREDICTOR)
 
-    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+    def __init__(self, config: PretrainConfig, groups: tuple[int, ...], device: torch.device) -> None:
+        """`groups`: the clip lengths of the run, in frames."""
         self.config, self.device = config, device
-        self.grid = clip_grid(config.clip, config.model.encoder)
-        self.module = Pretraining(config.model).to(device)
-        predictor, masks = config.model.predictor, len(config.model.masks)
-        used = masks if predictor.mask_token_by == "mask" else 1  # noqa: S105, one clip length is one group
-        self.leaves_unused = config.model.encoder.image_tokenizer or (predictor.num_mask_tokens or masks) > used
+        encoder, predictor = config.model.encoder, config.model.predictor
+        clips = [replace(config.clip, num_frames=frames) for frames in groups]
+        self.shapes = [(clip_grid(clip, encoder), tubelet_values(clip, encoder)) for clip in clips]
+        self.module = Pretraining(config.model, every_parameter=len(groups) > 1).to(device)
+        masks = len(config.model.masks)
+        used = masks if predictor.mask_token_by == "mask" else len(groups)  # noqa: S105
+        unused = encoder.image_tokenizer or (predictor.num_mask_tokens or masks) > used
+        self.leaves_unused = unused and len(groups) == 1
 
-    def tensors(self, rows: dict[str, Any], step: int) -> tuple[Tensor, Grid, list[MaskIds], float]:
-        """Batch and masks on the device. Masks come from the sample numbers: nothing about them travels."""
+    def tensors(self, unit: "Unit") -> tuple[Tensor, Grid, list[MaskIds], float, int]:
+        """Clips and masks on the device. Masks come from the sample numbers: nothing about them travels."""
         from pipelines.clips import TUBELETS
 
-        model, samples = self.config.model, rows[SAMPLE]
+        model, (grid, values) = self.config.model, self.shapes[unit.group]
         drawn = [
-            draw_masks(m, i, self.grid, self.config.seed, step, samples, model.mask_policy) for i, m in enumerate(model.masks)
+            draw_masks(m, i, grid, self.config.seed, unit.step, unit.samples, model.mask_policy)
+            for i, m in enumerate(model.masks)
         ]
         masks = [MaskIds(*(None if ids is None else torch.from_numpy(ids).to(self.device) for ids in mask)) for mask in drawn]
-        clips = torch.tensor(rows[TUBELETS], device=self.device)
-        return clips, self.grid, masks, context_weight(step, model.loss)
+        clips = torch.from_numpy(unit.array(TUBELETS, np.uint8, (len(unit.samples), grid.num_tokens, values))).to(self.device)
+        return clips, grid, masks, context_weight(unit.step, model.loss), unit.group
 
     def after_step(self, step: int) -> None:
         """EMA of the target encoder."""
         momentum = ema_momentum(step, self.config.train.steps, self.config.optim)
         ema_update(self.module.target_encoder, self.module.encoder, momentum)
+
+    def flops(self, unit: "Unit", numbers: dict[str, Any]) -> float:
+        """Of one microbatch: target encoder, encoder and predictor."""
+        grid, values = self.shapes[unit.group]
+        masks = range(len(self.config.model.masks))
+        kept = [tuple(float(numbers[f"{part}_ratio_{i}"]) * grid.num_tokens for part in ("context", "target")) for i in masks]
+        return pretraining_flops(self.config.model, grid, kept, len(unit.samples), values)
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
         """Start from the weights of `init`, and from its optimizer's moments where it is a run."""
@@ -64,26 +81,43 @@ class PretrainTask:
 
 def run(config: PretrainConfig, reporter: Reporter) -> dict[str, Any]:
     """Train to `train.steps`; a finished run returns at once. Returns the last metrics."""
+    check_trackers(config.train.trackers, config.run.dir)
     config = pinned(config)
     start = run_folder.begin(config.run, config)
     if start < config.train.steps:
         with ray_session.session(config.ray):
             _fit(config, reporter)
     lines = run_folder.read_parts(config.run.dir, run_folder.METRICS)
-    shown = ("loss", "trivial", "feature_std", "rank_me", "clips_per_s", "data_wait")
+    shown = ("loss", "trivial", "feature_std", "rank_me", "clips_per_s", "data_wait", "goodput")
     last = {key: lines[-1][key] for key in shown} if lines else {}
-    return {"run": config.run.dir, "step": max(start, config.train.steps), "catalog": config.catalog, **last}
+    catalogs = {name: dataset.catalog for name, dataset in config.sources.items()}
+    return {"run": config.run.dir, "step": max(start, config.train.steps), "catalogs": catalogs, **last}
 
 
 def pinned(config: PretrainConfig) -> PretrainConfig:
-    """The configuration with absolute URIs and a catalog version: a resumed run keeps the version it was started with."""
+    """The configuration with absolute URIs, catalog versions and the number of microbatches: a resumed run keeps those it was
+    started with.
+    """
     run_dir = storage.normalize(config.run.dir)
-    ref = catalog.parse_ref(config.catalog)
-    if ref.version is None and run_folder.latest_checkpoint(run_dir) is not None:
-        before = catalog.parse_ref(run_folder.read_config(run_dir)["catalog"])
-        ref = before if before.uri == ref.uri else ref
+    before: dict[str, str] = {}
+    if run_folder.latest_checkpoint(run_dir) is not None:
+        before = {name: source.catalog for name, source in config_of(run_dir).sources.items()}
+    versions = {name: _pin(source.catalog, before.get(name)) for name, source in config.sources.items()}
     init = storage.normalize(config.init) if config.init else None
-    return replace(config, catalog=str(catalog.pin(ref)), init=init, run=replace(config.run, dir=run_dir))
+    return replace(
+        config.with_catalogs(versions),
+        init=init,
+        run=replace(config.run, dir=run_dir),
+        train=run_folder.resolved(config.train, run_dir),
+    )
+
+
+def _pin(text: str, before: str | None) -> str:
+    """A catalog with its version: the one of before, where none is asked for and it is the same catalog."""
+    ref = catalog.parse_ref(text)
+    if ref.version is None and before is not None and catalog.parse_ref(before).uri == ref.uri:
+        return before
+    return str(catalog.pin(ref))
 
 
 def start_from(module: Pretraining, optimizer: torch.optim.Optimizer, uri: str) -> None:
@@ -92,10 +126,10 @@ def start_from(module: Pretraining, optimizer: torch.optim.Optimizer, uri: str) 
     Raises InputRefused listing the keys that do not fit.
     """
     if not model_folder.is_model(uri):
-        from pipelines.train import load_state
+        from pipelines.train_state import TrainState
 
         try:
-            load_state(module, optimizer, run_folder.read_state(run_folder.require_checkpoint(uri)))
+            TrainState(module, optimizer).load(run_folder.require_checkpoint(uri))
         except (RuntimeError, ValueError) as error:
             raise InputRefused(f"init={uri} does not fit model: {str(error).splitlines()[0]}") from error
         return
@@ -150,22 +184,18 @@ def config_of(run_dir: str) -> PretrainConfig:
 
 
 def _fit(config: PretrainConfig, reporter: Reporter) -> None:
-    from pipelines import train
-    from pipelines.clips import clip_dataset
-
-    ref = catalog.parse_ref(config.catalog)
-    videos = catalog.read_videos(ref)
-    if not videos.num_rows:
-        raise InputRefused(f"{config.catalog} holds no video: ingest a source with readable files first")
-    workers = max(1, config.train.num_workers)
-
-    def dataset(first_step: int) -> Any:
-        blocks = train.numbered_blocks(first_step, config.train.steps, config.train.batch_size, workers)
-        first = first_step * config.train.batch_size
-        return clip_dataset(ref, videos, config.clip, config.model.encoder, config.seed, blocks, first, config.data)
+    from pipelines import clips, train
+    from pipelines.train_worker import Loop
 
     if config.ray.address is None:
         train.check_slots(config.train)
-    loop = train.Loop(partial(PretrainTask, config), config.train, config.optim, config.run.dir, config.seed)
-    batch_bytes = config.train.batch_size // workers * config.clip.num_frames * config.clip.crop_size**2 * 3
-    train.fit(loop, dataset, batch_bytes, "pretrain", reporter)
+    data = clips.open_data(config, config.train.microbatches)
+
+    def dataset(first_step: int, fillers: int) -> Any:
+        return clips.unit_dataset(data, first_step, config.train.steps, fillers)
+
+    told = {
+        "catalogs": {name: {"catalog": source.catalog, "digest": data.digests[name]} for name, source in config.sources.items()}
+    }
+    loop = Loop(partial(PretrainTask, config, data.groups), config.train, config.optim, config.run.dir, config.seed, told)
+    train.fit(loop, dataset, "pretrain", reporter, config)

@@ -100,7 +100,8 @@ def _robot_frames(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
 
 def _video_thirds(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
     """One clip from the first third (gallery) and one from the last third (query) of each video."""
-    ref = catalog.parse_ref(config.catalog)
+    uri = next(iter(config.sources.values())).catalog
+    ref = catalog.parse_ref(uri)
     videos = catalog.read_videos(ref).slice(0, probe.max_items)
     halves: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for entry in videos.to_pylist():
@@ -118,7 +119,7 @@ def _video_thirds(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
         for half, cut in zip(halves, clips, strict=True):
             half.append(cut)
     if len(halves[0]) < 2:
-        raise InputRefused(f"{config.catalog}: the retrieval probe needs at least 2 readable videos, found {len(halves[0])}")
+        raise InputRefused(f"{uri}: the retrieval probe needs at least 2 readable videos, found {len(halves[0])}")
     encoder = config.model.encoder
     return ProbeData(np.stack(halves[0] + halves[1]), clip_grid(config.clip, encoder), encoder.patch_size, None, len(halves[0]))
 

@@ -3,13 +3,27 @@
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
+
+PARTS: tuple[tuple[str, Callable[[Any], str]], ...] = (
+    ("loss", lambda value: f"loss {value:.4f}"),
+    ("lr", lambda value: f"lr {value:.1e}"),
+    ("clips_per_s", lambda value: f"{value:.3g} samples/s" if value < 100 else f"{value:,.0f} samples/s"),
+    ("data_wait", lambda value: f"wait {value:.0%}"),
+    ("mfu", lambda value: f"MFU {value:.0%}"),
+    ("goodput", lambda value: f"goodput {value:.0%}"),
+    ("eta_s", lambda value: f"ETA {duration(value)}"),
+)
+"""The dashboard line of a training run: key of a line of metrics, and how it is shown. What a line does not have is left out."""
+SLOW = 1.5
+"""From this many times the median worker's time on, the slowest worker is named."""
+SHOWN = "[bold]{task.description}[/bold] {task.completed:,.0f}/{task.total:,.0f}  {task.fields[note]}"
 
 
 class Reporter:
@@ -21,6 +35,7 @@ class Reporter:
         self.terminal = self.console.is_terminal
         self._progress: Progress | None = None
         self._task: Any = None
+        self._warned = ""
 
     def start(self, stage: str, total: int, unit: str) -> None:
         """Begin a counted stage of `total` units (steps, videos, episodes)."""
@@ -42,6 +57,19 @@ class Reporter:
             self._progress.update(self._task, completed=done, note=note)
         elif not self.terminal:
             self.event("progress", done=done, **numbers)
+
+    def training(self, line: Mapping[str, Any]) -> None:
+        """One interval of a training run, a line of metrics: on a terminal it is shown in one line, replaced by the next."""
+        error = line.get("checkpoint_error", "")
+        if error and error != self._warned:
+            self.event("warning", message=error)
+        self._warned = error
+        if self._progress:
+            # Only now, so that a run which still starts shows how long it takes.
+            self._progress.columns = (TextColumn(SHOWN, table_column=Column(no_wrap=True, overflow="ellipsis")),)
+            self._progress.update(self._task, completed=line["step"], note=escape(dashboard(line)))
+        elif not self.terminal:
+            self.event("progress", done=line["step"], **line)
 
     def stop(self) -> None:
         """End the stage's bar, leaving its last state on screen."""
@@ -72,6 +100,26 @@ class Reporter:
         """The result of a verb: its last words."""
         self.stop()
         self.event(f"{verb} done", **numbers)
+
+
+def dashboard(line: Mapping[str, Any]) -> str:
+    """A line of metrics in few words: loss, lr, speed, wait for data, MFU, goodput, ETA; and which worker holds up the others."""
+    parts = [text(line[key]) for key, text in PARTS if key in line]
+    if line.get("skew", 0) >= SLOW:
+        parts.append(f"rank {line['slowest_rank']} {line['skew']:.1f}x slower")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """`45s`, `12m05s`, `3h12m`, `2d04h`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d{hour:02}h"
+    if hours:
+        return f"{hours}h{minute:02}m"
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
 def _short(value: Any) -> str:

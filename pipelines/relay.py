@@ -1,4 +1,4 @@
-"""Carries progress from processes on the cluster to the driver's terminal, through a small actor."""
+"""Carries progress from processes on the cluster to the driver's terminal, and word to stop the other way: a small actor."""
 
 import threading
 from collections.abc import Callable
@@ -16,6 +16,9 @@ class Sink:
 
     def __init__(self) -> None:
         self.lines: list[Line] = []
+        self._stop = False
+        self._refused = ""
+        self._first, self._here, self._starts = -1, 0, 0
 
     def push(self, line: Line) -> None:
         """Add one line."""
@@ -25,6 +28,34 @@ class Sink:
         """Take all lines that have come in."""
         lines, self.lines = self.lines, []
         return lines
+
+    def stop(self) -> None:
+        """The run shall save and end."""
+        self._stop = True
+
+    def stop_asked(self) -> bool:
+        """Whether it shall."""
+        return self._stop
+
+    def refuse(self, why: str) -> None:
+        """The run cannot go on, however often its workers are started again."""
+        self._refused = self._refused or why
+
+    def started(self, step: int, max_failures: int) -> tuple[dict[str, str], int]:
+        """The workers start at a step. Returns {} when they may go on, or how the run ends ("refused" or "failed": a sentence);
+        and how often they were started before.
+        """
+        self._here = self._here + 1 if step == self._first else 1
+        self._first, self._starts = step, self._starts + 1
+        ending = {}
+        if self._refused:
+            ending = {"refused": self._refused}
+        elif self._here > max_failures + 1:
+            ending = {
+                "failed": f"the workers died {self._here - 1} times at step {step} without a new checkpoint "
+                f"(train.max_failures={max_failures})"
+            }
+        return ending, self._starts - 1
 
 
 class Relay:

@@ -130,56 +130,53 @@ def _masks(section: Section, rows: list[Row]) -> None:
 
 def mask_examples(run_dir: str) -> list[Picture]:
     """Clips of an early step, decoded and masked as the run did. Raises JepaError when the source is out of reach."""
+    from jepa_core.encoder import clip_grid
     from jepa_core.masks import draw_masks
-    from pipelines import pretrain
-    from pipelines.clips import TUBELETS, sample_clip
+    from pipelines import clips, pretrain
 
     config = pretrain.config_of(run_dir)
-    ref = catalog.parse_ref(config.catalog)
-    videos = catalog.read_videos(ref)
-    if not videos.num_rows:
-        raise InputRefused(f"{config.catalog} holds no video")
-    grid = pretrain.clip_grid(config.clip, config.model.encoder)
-    step, shown = _varied_samples(config, videos)
-    first = step * config.train.batch_size
-    batch = range(first, first + config.train.batch_size // max(1, config.train.num_workers))  # masks are cut per worker
-    drawn = [
-        draw_masks(mask, i, grid, config.seed, step, batch, config.model.mask_policy) for i, mask in enumerate(config.model.masks)
-    ]
+    model = config.model
+    data = clips.open_data(config, max(1, config.train.microbatches), shared=False)
     pictures = []
-    for n in shown:
-        sample = sample_clip(ref, videos, n, config.clip, config.model.encoder, config.seed, config.data.max_replacements)
-        frames = figures.clip_frames(sample[TUBELETS], grid, config.model.encoder.patch_size)
-        parts = [("the clip", figures.image(figures.strip(frames, grid), f"frames of sample {n}"))]
-        for index, mask in enumerate(drawn):
-            context, target = mask.ratios(grid)
-            label = f"mask {index + 1}: context {context:.0%}, target {target:.0%}"
-            png = figures.strip(frames, grid, *mask.tokens_of(n - first))
-            parts.append((label, figures.image(png, f"sample {n} under mask {index + 1}")))
-        seconds = (config.clip.num_frames - 1) / config.clip.fps
-        pictures.append(Picture(parts, f"Sample {n}, {seconds:.2g} s of {sample['uri']}"))
+    for unit, shown in _varied_units(config, data):
+        group, draw = data.plan.unit(unit)
+        clip = next(source.clip for source in data.sources if source.clip.num_frames == data.groups[group])
+        grid = clip_grid(clip, model.encoder)
+        step = unit // data.microbatches
+        drawn = [draw_masks(m, i, grid, config.seed, step, draw.sample, model.mask_policy) for i, m in enumerate(model.masks)]
+        for place in shown:
+            n = int(draw.sample[place])
+            tubelets, entry = clips.sample_clip(data, n)
+            frames = figures.clip_frames(tubelets, grid, model.encoder.patch_size)
+            parts = [("the clip", figures.image(figures.strip(frames, grid), f"frames of sample {n}"))]
+            for index, mask in enumerate(drawn):
+                context, target = mask.ratios(grid)
+                label = f"mask {index + 1}: context {context:.0%}, target {target:.0%}"
+                png = figures.strip(frames, grid, *mask.tokens_of(place))
+                parts.append((label, figures.image(png, f"sample {n} under mask {index + 1}")))
+            fps = data.sources[draw.dataset[place]].clip.fps
+            length = f"{(clip.num_frames - 1) / fps:.2g} s" if clip.num_frames > 1 else "one frame"
+            pictures.append(Picture(parts, f"Sample {n}, {length} of {entry['uri']}"))
     return pictures
 
 
-def _varied_samples(config: PretrainConfig, videos: Any) -> tuple[int, list[int]]:
-    """(step, sample numbers of its first worker): the early step that shows most sources, one sample of each source first."""
-    from jepa_core.sampling import video_of_sample
-
-    sources = videos["source"].to_pylist()
-    share = config.train.batch_size // max(1, config.train.num_workers)
-    best: tuple[int, list[int]] = (0, [])
-    most = 0
-    for step in range(min(config.train.steps, STEPS_LOOKED_AT)):
-        first = step * config.train.batch_size
-        seen: dict[str, int] = {}
+def _varied_units(config: PretrainConfig, data: Any) -> list[tuple[int, list[int]]]:
+    """For each clip length (microbatch, places of samples): the early one that shows most sources, a sample of each first."""
+    sources = [catalog.read_videos(source.ref, ["source"])["source"] for source in data.sources]
+    best: dict[int, tuple[int, list[int]]] = {}
+    most: Counter[int] = Counter()
+    for unit in range(min(config.train.steps, STEPS_LOOKED_AT) * data.microbatches):
+        group, draw = data.plan.unit(unit)
+        seen: Counter[str] = Counter()
         order = []
-        for n in range(first, first + share):
-            source = sources[video_of_sample(config.seed, n, len(sources))]
-            order.append((seen.setdefault(source, 0), n))
+        for place, (dataset, row) in enumerate(zip(draw.dataset, draw.row, strict=True)):
+            source = sources[dataset][int(row)].as_py()
+            order.append((seen[source], place))
             seen[source] += 1
-        if len(seen) > most:
-            best, most = (step, [n for _, n in sorted(order)[:SAMPLES_SHOWN]]), len(seen)
-    return best
+        if len(seen) > most[group]:
+            shown = max(1, SAMPLES_SHOWN // len(data.groups))
+            best[group], most[group] = (unit, [place for _, place in sorted(order)[:shown]]), len(seen)
+    return [best[group] for group in sorted(best)]
 
 
 def _data(section: Section) -> None:
@@ -190,13 +187,17 @@ def _data(section: Section) -> None:
 
 
 def _catalog(section: Section, group: Group) -> None:
-    ref = catalog.parse_ref(section.config["catalog"])
-    videos = catalog.read_videos(ref)
-    refused = catalog.read_quarantine(ref).to_pylist()
-    hours = sum(videos["duration"].to_pylist()) / 3600
-    length = f"{hours:.3g} hours" if hours >= 1 else f"{hours * 60:.3g} minutes"
-    group.intro = f"Catalog {ref}: {videos.num_rows:,} videos of together {length}, {len(refused):,} files refused at ingest."
-    section.cards.append(Card("videos", f"{videos.num_rows:,}", f"{len(refused):,} refused at ingest"))
+    mixed = section.config.get("datasets") or {}
+    refs = [catalog.parse_ref(uri) for uri in ([source["catalog"] for source in mixed.values()] or [section.config["catalog"]])]
+    tables = [catalog.read_videos(ref, ["duration"]) for ref in refs]
+    refused = [row for ref in refs for row in catalog.read_quarantine(ref).to_pylist()]
+    texts = []
+    for ref, videos in zip(refs, tables, strict=True):
+        hours = sum(videos["duration"].to_pylist()) / 3600
+        length = f"{hours:.3g} hours" if hours >= 1 else f"{hours * 60:.3g} minutes"
+        texts.append(f"Catalog {ref}: {videos.num_rows:,} videos of together {length}")
+    group.intro = f"{'; '.join(texts)}, {len(refused):,} files refused at ingest."
+    section.cards.append(Card("videos", f"{sum(map(len, tables)):,}", f"{len(refused):,} refused at ingest"))
     reasons = Counter(row["reason"] for row in refused).most_common()
     rows = [[reason, f"{n:,}", next(row["uri"] for row in refused if row["reason"] == reason)] for reason, n in reasons]
     if rows:
@@ -210,7 +211,7 @@ def _replaced(section: Section, group: Group) -> None:
     if not rows:
         group.intro += " Every clip that the training asked for did decode."
         return
-    columns = ("step", "sample", "uri", "reason", "detail", "attempt", "replaced_by")
+    columns = ("step", "sample", "dataset", "uri", "reason", "detail", "attempt", "replaced_by")
     cells = [[str(row.get(column, "")) for column in columns] for row in rows[:ROWS_SHOWN]]
     more = f" The first {ROWS_SHOWN} of {len(rows):,}." if len(rows) > ROWS_SHOWN else ""
     caption = f"Clips that failed to decode during training, and the video that took their place.{more}"

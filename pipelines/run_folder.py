@@ -4,17 +4,22 @@
     provenance.json   code and library versions, start time
     metrics/          JSON lines, one part per checkpoint interval, named by its first step
     quarantine/       JSON lines: samples whose video failed to decode, the reason, and what replaced it
-    checkpoints/      Ray Train's folder; a step counts only when checkpoint_manager_snapshot.json names it
+    ledger/           JSON lines: a digest of the samples of every unit of every step
+    checkpoints/      step_*/{state/, *.safetensors, COMMIT}; a step counts only when its COMMIT stands
+    ray/              Ray Train's own notes
 
-Parts are rewritten when a run resumes from the step before them, so metrics never hold a step twice.
+A run that resumes deletes the parts beyond its checkpoint and writes them again, so they never hold a step twice.
 """
 
+import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +27,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipelines import storage
-from pipelines.config import RunConfig
+from pipelines.config import RunConfig, TrainConfig
 from pipelines.errors import InputRefused, UsageError
 from pipelines.presets import to_yaml
 
@@ -31,8 +36,9 @@ PROVENANCE = "provenance.json"
 METRICS = "metrics"
 QUARANTINE = "quarantine"
 CHECKPOINTS = "checkpoints"
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-STATE = "state.pt"
+COMMIT, DAMAGED = "COMMIT", "DAMAGED"
+LEDGER = "ledger"
+DIGEST_BYTES = 1 << 22
 RESULT = "result.json"
 FREE_TO_CHANGE = (
     *(
@@ -47,7 +53,8 @@ FREE_TO_CHANGE = (
         "train.compile",
         "train.checkpoint_every",
     ),
-    *("train.keep_checkpoints", "train.log_every", "train.max_failures"),
+    *("train.min_workers", "train.mttf_hours", "train.keep_checkpoints", "train.log_every", "train.max_failures"),
+    *("train.peak_tflops", "train.trackers"),
     *("seeds", "concurrency", "cpus_per_trial", "gpus_per_trial"),
 )
 """Options that a resumed run may change without becoming another run."""
@@ -60,17 +67,77 @@ class Checkpoint(NamedTuple):
     step: int
 
 
-def latest_checkpoint(run_dir: str) -> Checkpoint | None:
-    """The newest *committed* checkpoint; folders that no snapshot names may be torn and are ignored (ray issue 41700)."""
+def checkpoints(run_dir: str) -> list[Checkpoint]:
+    """Committed checkpoints, newest first: those that have a COMMIT, and were not found damaged since."""
     folder = storage.join(storage.normalize(run_dir), CHECKPOINTS)
-    snapshot = storage.join(folder, SNAPSHOT)
-    if not storage.exists(snapshot):
-        return None
-    latest = json.loads(storage.read_bytes(snapshot)).get("latest_checkpoint_result")
-    if not latest:
-        return None
-    name = latest["checkpoint_dir_name"]
-    return Checkpoint(storage.join(folder, name), int(name.split("_")[1].split("-")[0]))
+    marks: dict[str, set[str]] = {}
+    for info in storage.list_files(folder, (COMMIT.lower(), DAMAGED.lower()), missing_ok=True):
+        place, _, mark = info.uri.rpartition("/")
+        marks.setdefault(place, set()).add(mark)
+    found = [Checkpoint(place, _step_of(place)) for place, names in marks.items() if names == {COMMIT}]
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.uri), reverse=True)
+
+
+def latest_checkpoint(run_dir: str) -> Checkpoint | None:
+    """The newest *committed* checkpoint; a folder without its COMMIT may be torn and does not count."""
+    return next(iter(checkpoints(run_dir)), None)
+
+
+def newest_sound_checkpoint(run_dir: str) -> Checkpoint | None:
+    """The newest committed checkpoint whose files have the sizes and sha256 that were committed.
+
+    Damaged ones get a mark with the reason, so that every later reader passes them over as well.
+    """
+    for found in checkpoints(run_dir):
+        damage = _damage(found)
+        if damage is None:
+            return found
+        storage.write_bytes(storage.join(found.uri, DAMAGED), json.dumps({"reason": damage, "found": time.time()}).encode())
+    return None
+
+
+def damaged_checkpoints(run_dir: str) -> dict[str, str]:
+    """{folder: reason} of checkpoints that were found damaged."""
+    folder = storage.join(storage.normalize(run_dir), CHECKPOINTS)
+    marks = storage.list_files(folder, (DAMAGED.lower(),), missing_ok=True)
+    return {mark.uri.rpartition("/")[0]: json.loads(storage.read_bytes(mark.uri))["reason"] for mark in marks}
+
+
+def read_commit(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the COMMIT says: step, cursor, catalogs, config_hash, code_version, progress, files. Raises InputRefused."""
+    try:
+        return json.loads(storage.read_bytes(storage.join(checkpoint.uri, COMMIT)))
+    except ValueError as error:
+        raise InputRefused(f"{checkpoint.uri}/{COMMIT} is damaged ({error})") from error
+
+
+def _damage(checkpoint: Checkpoint) -> str | None:
+    try:
+        files = read_commit(checkpoint)["files"]
+    except (InputRefused, KeyError, TypeError) as error:
+        return f"{COMMIT}: {error}"
+    for name, told in files.items():
+        try:
+            size, digest = digest_of(storage.join(checkpoint.uri, name))
+        except InputRefused as error:
+            return f"{name}: {error}"
+        if (size, digest) != (told["size"], told["sha256"]):
+            return f"{name}: {size} bytes with sha256 {digest[:12]}, committed were {told['size']} with {told['sha256'][:12]}"
+    return None
+
+
+def digest_of(uri: str) -> tuple[int, str]:
+    """(bytes, sha256) of an object, read piece by piece. Raises InputRefused when there is none."""
+    digest, size = hashlib.sha256(), 0
+    with storage.open_file(uri) as file:
+        while piece := file.read(DIGEST_BYTES):
+            digest.update(piece)
+            size += len(piece)
+    return size, digest.hexdigest()
+
+
+def _step_of(folder: str) -> int:
+    return int(folder.rpartition("/")[2].split("_")[1].split("-")[0])
 
 
 def require_checkpoint(run_dir: str) -> Checkpoint:
@@ -81,19 +148,44 @@ def require_checkpoint(run_dir: str) -> Checkpoint:
     return found
 
 
-def checkpoint_name(step: int) -> str:
-    """A name no other attempt uses, so that a retried upload never mixes with a torn one."""
-    return f"step_{step:08d}-{os.urandom(3).hex()}"
+def checkpoint_folder(run_dir: str, step: int, attempt: str) -> str:
+    """Where an attempt writes a step's checkpoint: a folder no other attempt uses, so that nothing mixes with a torn one."""
+    return storage.join(storage.normalize(run_dir), CHECKPOINTS, f"step_{step:08d}-{attempt}")
 
 
-def commit_local(run_dir: str, local_dir: str, step: int) -> None:
-    """Publish a checkpoint of a run without a worker group: files first, then the snapshot that commits them."""
-    name = checkpoint_name(step)
+def publish(local_dir: Path, uri: str) -> dict[str, dict[str, Any]]:
+    """Copy the files of a local folder below `uri`. Returns {name: {size, sha256}}, as a COMMIT lists them."""
+    files = {}
+    for path in sorted(path for path in local_dir.rglob("*") if path.is_file()):
+        name = path.relative_to(local_dir).as_posix()
+        size, digest = digest_of(str(path))
+        storage.upload(path, storage.join(uri, name))
+        files[name] = {"size": size, "sha256": digest}
+    return files
+
+
+def commit(uri: str, record: dict[str, Any]) -> None:
+    """Make a checkpoint's folder count. The last thing that is written; `record` has at least step and files."""
+    storage.write_bytes(storage.join(uri, COMMIT), json.dumps(record, indent=1).encode())
+
+
+def prune_checkpoints(run_dir: str, keep: int) -> None:
+    """Delete committed checkpoints beyond the newest `keep`, and what older attempts left torn or damaged."""
+    kept = checkpoints(run_dir)[:keep]
+    if not kept:
+        return
     folder = storage.join(storage.normalize(run_dir), CHECKPOINTS)
-    for path in sorted(Path(local_dir).iterdir()):
-        storage.upload(path, storage.join(folder, name, path.name))
-    snapshot = {"latest_checkpoint_result": {"checkpoint_dir_name": name}}
-    storage.write_bytes(storage.join(folder, SNAPSHOT), json.dumps(snapshot).encode())
+    stale: dict[str, list[str]] = {}
+    for info in storage.list_files(folder):
+        name = info.uri[len(folder) + 1 :].partition("/")[0]
+        place = storage.join(folder, name)
+        if place not in {found.uri for found in kept} and _step_of(place) <= kept[0].step:
+            stale.setdefault(place, []).append(info.uri)
+    for place, uris in stale.items():
+        storage.delete([storage.join(place, COMMIT)])  # first, so that nothing reads a checkpoint that is half deleted
+        storage.delete(uris)
+        if not storage.is_s3(place):
+            shutil.rmtree(place, ignore_errors=True)  # the folders that held them
 
 
 def begin(run: RunConfig, config: Any) -> int:
@@ -111,8 +203,24 @@ def begin(run: RunConfig, config: Any) -> int:
     if found is not None:
         refuse_other_run(run_dir, config)
     storage.write_bytes(storage.join(run_dir, CONFIG), to_yaml(config).encode())
-    storage.write_bytes(storage.join(run_dir, PROVENANCE), json.dumps(provenance(), indent=1).encode())
+    before = read_json(run_dir, PROVENANCE) or {}
+    told = provenance() | {"starts": before.get("starts", 0) + 1}
+    write_json(run_dir, PROVENANCE, told | {"first_started": before.get("first_started", time.time())})
     return found.step if found else 0
+
+
+def resolved(train: TrainConfig, run_dir: str) -> TrainConfig:
+    """The configuration with its number of microbatches: what the run was started with, else one for each worker."""
+    if train.microbatches:
+        return train
+    before = read_config(run_dir) if latest_checkpoint(run_dir) else {}
+    made = before.get("train", {}).get("microbatches") or max(1, train.num_workers)
+    if max(1, train.num_workers) > made:
+        raise UsageError(
+            f"train.num_workers={train.num_workers}, but {run_dir} was started with train.microbatches={made}: "
+            "more workers than that would have nothing to do"
+        )
+    return replace(train, microbatches=made)
 
 
 def is_run(run_dir: str) -> bool:
@@ -129,7 +237,7 @@ def read_config(run_dir: str) -> dict[str, Any]:
 
 def refuse_other_run(run_dir: str, config: Any) -> None:
     """Raise UsageError when the folder was started with another configuration, beyond what a run may change."""
-    old, new_flat = _flatten(read_config(run_dir)), _flatten(yaml.safe_load(to_yaml(config)))
+    old, new_flat = _flatten(read_config(run_dir)), _flatten(as_tree(config))
     changed = sorted(key for key in old.keys() | new_flat.keys() if old.get(key) != new_flat.get(key))
     changed = [key for key in changed if not any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)]
     if changed:
@@ -138,6 +246,11 @@ def refuse_other_run(run_dir: str, config: Any) -> None:
             f"{run_dir} was started with {key}={old.get(key)}, now it is {new_flat.get(key)}: "
             "give the old value to continue it, or another run.dir to start a new run"
         )
+
+
+def as_tree(config: Any) -> dict[str, Any]:
+    """A configuration as nested dicts."""
+    return yaml.safe_load(to_yaml(config))
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -151,20 +264,22 @@ def provenance() -> dict[str, Any]:
     names = ("jepa-pipeline", "ray", "torch", "timm", "av", "pyarrow", "deltalake", "numpy")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "git": _git_revision(),
+        "git": code_version(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in names},
         "cpus": os.cpu_count(),
     }
 
 
-def _git_revision() -> str | None:
+def code_version() -> str:
+    """What git calls the code that runs; in an image without git, JEPA_CODE_VERSION or the package's version."""
     try:
         here = Path(__file__).parent
         result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=5)
+        named = result.stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None
+        named = ""
+    return named or os.environ.get("JEPA_CODE_VERSION") or metadata.version("jepa-pipeline")
 
 
 def write_part(run_dir: str, kind: str, first_step: int, lines: Sequence[dict[str, Any]], rank: int = 0) -> None:
@@ -190,6 +305,14 @@ def read_parts(run_dir: str, kind: str) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda row: row["step"])
 
 
+def delete_parts_after(run_dir: str, step: int) -> None:
+    """Forget what was written about steps beyond a checkpoint: the run is about to do them again."""
+    run_dir = storage.normalize(run_dir)
+    for kind in (METRICS, QUARANTINE, LEDGER):
+        parts = storage.list_files(storage.join(run_dir, kind), (".jsonl",), missing_ok=True)
+        storage.delete([part.uri for part in parts if _first_step(part.uri) > step])
+
+
 def _first_step(uri: str) -> int:
     return int(Path(uri).name[:8])
 
@@ -203,11 +326,6 @@ def read_json(run_dir: str, name: str) -> Any | None:
     """The object, or None when the run has none of that name."""
     uri = storage.join(storage.normalize(run_dir), name)
     return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
-
-
-def read_state(checkpoint: Checkpoint) -> bytes:
-    """The file that training continues from."""
-    return storage.read_bytes(storage.join(checkpoint.uri, STATE))
 
 
 def load_weights(checkpoint: Checkpoint, stem: str) -> dict[str, Any]:

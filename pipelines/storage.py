@@ -102,8 +102,8 @@ def stat_many(uris: Iterable[str]) -> dict[str, ObjectInfo | None]:
         return dict(zip(names, pool.map(_stat, names), strict=True))
 
 
-def read_range(uri: str, start: int, stop: int, etag: str | None = None) -> bytes:
-    """Exactly the bytes [start, stop) of an object, verified (see storage_s3.get).
+def read_range(uri: str, start: int, stop: int, etag: str | None = None, *, verify: bool = True) -> bytes:
+    """Exactly the bytes [start, stop) of an object, verified (see storage_s3.get) unless the caller does that itself.
 
     Raises ObjectChanged when `etag` is given and is not the object's, InputRefused when it does not exist or is shorter,
     Retryable when the store does not answer by the deadline.
@@ -114,7 +114,7 @@ def read_range(uri: str, start: int, stop: int, etag: str | None = None) -> byte
     if start == stop:
         return b""
     if is_s3(uri):
-        return storage_s3.get(uri, start, stop, etag)
+        return storage_s3.get(uri, start, stop, etag, verify=verify)
     with _explained(uri), open(uri, "rb", buffering=0) as file:
         _same(uri, file.fileno(), etag)
         COUNTERS.add("requests")

@@ -1,8 +1,9 @@
 """Robot trajectories as training data: index a folder of episodes once, then decode clips with their states on Ray Data.
 
-Legend: T frames of a clip, P patches of a frame, F frames of an episode.
+Legend: B clips of a unit, T frames of a clip, P patches of a frame, F frames of an episode.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from jepa_core.sampling import Stream, centre_crop, clip_frames, generator, video_of_sample
-from pipelines import packet_index, sandbox, storage
-from pipelines.columns import FAILURES, SAMPLE
+from jepa_core.order import permuted
+from jepa_core.sampling import Stream, centre_crop, clip_frames, generator
+from pipelines import packet_index, sandbox, storage, units
 from pipelines.config import DataConfig
 from pipelines.errors import InputRefused
 from pipelines.ingest_config import LimitsConfig
@@ -89,26 +90,31 @@ def trajectory_dataset(
     fps: float,
     size: int,
     seed: int,
-    blocks: ray.data.Dataset,
-    first: int,
+    batch_size: int,
+    microbatches: int,
+    first_step: int,
+    steps: int,
+    fillers: int,
     data: DataConfig,
 ) -> ray.data.Dataset:
-    """Decoded clips with states; `episodes` are usable index rows, `first` the first sample number."""
+    """Decoded clips with states, as units of steps first_step to steps - 1; `episodes` are usable rows."""
     kwargs = {
         "episodes": ray.put(episodes),
         "num_frames": num_frames,
         "fps": fps,
         "size": size,
         "seed": seed,
-        "first": first,
+        "samples": batch_size // microbatches,
+        "microbatches": microbatches,
     }
-    compute = ray.data.TaskPoolStrategy(size=data.decode_tasks) if data.decode_tasks else None
-    return blocks.map_batches(_decode_batch, batch_size=None, batch_format="numpy", num_cpus=1, compute=compute, fn_kwargs=kwargs)
+    unit_bytes = kwargs["samples"] * num_frames * size**2 * 3
+    return units.dataset(first_step, steps, microbatches, fillers, _plan_units, _decode_unit, kwargs, unit_bytes, data)
 
 
 def sample_trajectory(episodes: pa.Table, n: int, num_frames: int, fps: float, seed: int) -> tuple[int, np.ndarray]:
     """(episode row, frame indices int64 [T]) of sample n: a fresh permutation per epoch, a start drawn uniformly."""
-    row = video_of_sample(seed, n, episodes.num_rows)
+    epoch, place = divmod(n, episodes.num_rows)
+    row = int(permuted(np.array([place]), episodes.num_rows, seed, 0, epoch)[0])
     u = float(generator(seed, Stream.TRAJECTORY, n).random())
     return row, clip_frames(episodes["times"][row].values.to_numpy(), num_frames, fps, u)
 
@@ -123,25 +129,33 @@ def read_frames(episodes: pa.Table, row: int, frames: np.ndarray, size: int) -> 
     return images, entry["states"].values.to_numpy().reshape(-1, 7)[frames].astype(np.float32)
 
 
-def _decode_batch(
-    batch: dict[str, np.ndarray], *, episodes: Any, num_frames: int, fps: float, size: int, seed: int, first: int
-) -> dict[str, np.ndarray]:
+def _plan_units(piece: pa.Table, microbatches: int, **_: Any) -> Iterator[pa.Table]:
+    for number, step in units.numbers(piece, microbatches):
+        yield units.planned(number, step, {})
+
+
+def _decode_unit(
+    planned: pa.Table, episodes: Any, num_frames: int, fps: float, size: int, seed: int, samples: int, microbatches: int
+) -> pa.Table:
+    number, step, _ = units.plan_of(planned)
+    if step == units.FILLER:
+        return units.filler(number, [PATCHES, STATES])
     table = ray.get(episodes)
-    columns: dict[str, list[Any]] = {SAMPLE: [], PATCHES: [], STATES: [], FAILURES: []}
-    for offset in batch["id"]:
-        n = int(offset) + first
+    drawn = np.arange(number * samples, (number + 1) * samples)
+    patches, states, uris = [], [], []
+    for n in drawn.tolist():
         row, frames = sample_trajectory(table, n, num_frames, fps, seed)
+        uris.append(table["uri"][row].as_py())
         try:
-            images, states = read_frames(table, row, frames, size)
+            images, state = read_frames(table, row, frames, size)
         except VideoRefused as refusal:  # the index decoded a frame of it: the file has changed since
             raise InputRefused(
                 f"{table['video_uri'][row].as_py()}: {refusal}; index the episodes again in a new run"
             ) from refusal
-        columns[SAMPLE].append(n)
-        columns[PATCHES].append(frame_patches(images))
-        columns[STATES].append(states)
-        columns[FAILURES].append("")
-    return {name: np.stack(values) for name, values in columns.items()}
+        patches.append(frame_patches(images))
+        states.append(state)
+    arrays = {PATCHES: np.stack(patches), STATES: np.stack(states)}
+    return units.block(number, step, 0, drawn, arrays, digest=units.digest(drawn, uris))
 
 
 def _index_batch(batch: pa.Table, time_base: str, min_seconds: float) -> pa.Table:

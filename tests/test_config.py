@@ -69,6 +69,8 @@ def test_mistakes_are_named_with_their_fix(override, words):
 
 def test_missing_values_are_named():
     with pytest.raises(UsageError, match="catalog is missing: give catalog=VALUE"):
+        presets.load(schema.PretrainConfig, "pretrain", ["preset=demo", "run.dir=r"])
+    with pytest.raises(UsageError, match=r"run.dir is missing: give run.dir=VALUE"):
         presets.load(schema.PretrainConfig, "pretrain", ["preset=demo"])
 
 

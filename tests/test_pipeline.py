@@ -67,8 +67,9 @@ def test_the_encoder_stays_frozen_and_stands_in_the_run(folder):
     for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
         assert (a == b).all()
         assert not a.requires_grad
-    state = run_folder.latest_checkpoint(f"{folder}/post-train").uri + "/state.pt"
-    assert os.path.getsize(state) < 4 * sum(p.numel() * 4 for p in mine.parameters()), "no encoder in the checkpoints"
+    files = run_folder.read_commit(run_folder.latest_checkpoint(f"{folder}/post-train"))["files"]
+    state = sum(entry["size"] for name, entry in files.items() if name.startswith("state/"))
+    assert state < 4 * sum(p.numel() * 4 for p in mine.parameters()), "no encoder in the checkpoints"
 
 
 def test_a_converted_encoder_is_post_trained_like_the_run_it_came_from(folder, reporter):
@@ -120,13 +121,13 @@ def test_a_sweep_ranks_by_the_probe_and_continues_where_it_stopped(folder, repor
     assert result["winner"] == max(result["rows"], key=lambda row: row["score"])["name"]
     by_name = {row["name"]: row for row in result["rows"]}
     assert by_name["small"]["target_ratio"] < by_name["large"]["target_ratio"]
-    untouched = os.path.getmtime(f"{folder}/sweep/trials/small-s0/checkpoints/checkpoint_manager_snapshot.json")
+    untouched = run_folder.latest_checkpoint(f"{folder}/sweep/trials/small-s0")
     shutil.rmtree(f"{folder}/sweep/trials/large-s0")
     again = run("sweep", reporter, *arguments)
     assert again["score"] == first["score"]
     with pytest.raises(UsageError, match=r"was started with steps=4, now it is 6"):
         run("sweep", reporter, *arguments, "steps=6")
-    assert os.path.getmtime(f"{folder}/sweep/trials/small-s0/checkpoints/checkpoint_manager_snapshot.json") == untouched
+    assert run_folder.latest_checkpoint(f"{folder}/sweep/trials/small-s0") == untouched
 
 
 def test_a_sweep_without_robot_data_ranks_by_retrieval(folder, reporter):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from jepa_core.positions import Grid
-from pipelines import catalog, report, report_figures, storage
+from pipelines import catalog, report, report_figures, run_folder, storage
 from pipelines.catalog_schema import CURRENT, QUARANTINE, QUARANTINE_SCHEMA, VIDEO_SCHEMA, VIDEOS, item_id
 from pipelines.config import ReportConfig
 from pipelines.errors import InputRefused
@@ -36,10 +36,8 @@ def write_run(folder: Path, config: dict, metrics: list[dict] = (), result: obje
     if metrics:
         (folder / "metrics").mkdir()
         (folder / "metrics" / "00000000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
-        name = f"step_{metrics[-1]['step']:08d}-abcdef"
-        (folder / "checkpoints").mkdir()
-        snapshot = {"latest_checkpoint_result": {"checkpoint_dir_name": name}}
-        (folder / "checkpoints" / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot))
+        step = metrics[-1]["step"]
+        run_folder.commit(run_folder.checkpoint_folder(str(folder), step, "abcdef"), {"step": step, "files": {}})
     if result is not None:
         (folder / "result.json").write_text(json.dumps(result))
     return folder

@@ -1,16 +1,9 @@
 """Pretraining on Ray Train: two workers, exact resume after kill -9, refusals."""
 
 import json
-import os
-import secrets
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import events, jepa
 
 from pipelines import pretrain, run_folder
 from pipelines.config import PretrainConfig
@@ -20,16 +13,10 @@ from pipelines.presets import load
 pytestmark = pytest.mark.ray
 
 SMOKE = ["preset=demo", "smoke=true", "train.precision=fp32"]
-COMPARED = ("step", "loss", "trivial", "grad_norm", "lr", "feature_std", "context_ratio_0", "target_ratio_1")
 
 
 def settings(catalog_uri: str, run_dir: Path, *more: str) -> PretrainConfig:
     return load(PretrainConfig, "pretrain", [*SMOKE, f"catalog={catalog_uri}", f"run.dir={run_dir}", *more])
-
-
-def trace(run_dir: Path) -> list[list[str]]:
-    """Every step's numbers, floats in full precision."""
-    return [[repr(line[key]) for key in COMPARED] for line in run_folder.read_parts(str(run_dir), run_folder.METRICS)]
 
 
 @pytest.fixture(scope="module")
@@ -48,56 +35,6 @@ def test_two_workers_train_and_every_step_is_logged_once(unbroken):
     encoder, config = pretrain.load_encoder(str(unbroken))
     assert config.catalog.rpartition("@")[2].isdigit(), "the catalog's version is pinned"
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
-
-
-def test_kill_9_of_a_worker_and_of_the_driver_loses_and_repeats_nothing(unbroken, catalog_uri, tmp_path):
-    """SIGKILL a train worker once, then the whole driver, then run the same command: the same losses to the last bit."""
-    run_dir = tmp_path / "run"
-    arguments = [
-        "pretrain",
-        *SMOKE,
-        f"catalog={catalog_uri}",
-        f"run.dir={run_dir}",
-        "train.steps=8",
-        "train.num_workers=2",
-    ]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    marker = f"JEPA_TEST_MARKER={secrets.token_hex(8)}"
-    environment |= dict([marker.split("=")])
-    command = [sys.executable, "-m", "pipelines.cli", *arguments]
-    driver = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    killed_worker = False
-    deadline = time.monotonic() + 200
-    while driver.poll() is None and time.monotonic() < deadline:
-        found = run_folder.latest_checkpoint(str(run_dir))
-        if found and not killed_worker:
-            killed_worker = kill_one_worker(marker)
-        if found and killed_worker and found.step >= 4:
-            break
-        time.sleep(0.05)
-    os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
-    assert killed_worker
-    result = jepa(*arguments)
-    assert result.returncode == 0, result.stderr
-    assert trace(run_dir) == trace(unbroken)
-    again = jepa(*arguments)
-    assert again.returncode == 0
-    assert events(again)[-1]["step"] == 8, "a finished run returns at once"
-
-
-def kill_one_worker(marker: str) -> bool:
-    """SIGKILL one Ray Train worker of the run whose environment holds the marker."""
-    for folder in Path("/proc").iterdir():
-        try:
-            if b"RayTrainWorker" in (folder / "cmdline").read_bytes() and marker.encode() in (folder / "environ").read_bytes():
-                os.kill(int(folder.name), signal.SIGKILL)
-                return True
-        except (OSError, ValueError):
-            continue
-    return False
 
 
 def test_the_resume_rules(unbroken, catalog_uri, reporter, tmp_path):

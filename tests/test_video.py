@@ -7,10 +7,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from clip_files import sequential
 from conftest import encode, facts_of, make_frames
 
 from jepa_core.sampling import Crop, centre_crop
-from pipelines.video import VideoRefused, decode_clip, encode_video, frame_patches, scale_image, tubelets
+from pipelines.video import Scaler, VideoRefused, decode_clip, encode_video, frame_patches, scale_image, tubelets
 
 CODECS = {
     "h264 with B-frames": ("libx264", "mp4", {"bf": "3", "g": "20", "x264-params": "b-pyramid=normal"}),
@@ -22,19 +23,10 @@ CODECS = {
 CLIPS = os.environ.get("JEPA_TEST_CLIPS")
 
 
-def sequential(data: bytes, stream: int, pts: np.ndarray, crop: Crop, size: int) -> np.ndarray:
-    """Decode everything from the start and pick the frames: what decode_clip must equal."""
-    from pipelines.video import _cropped
-
-    wanted, found = set(pts.tolist()), {}
-    with av.open(io.BytesIO(data)) as container:
-        for packet in container.demux(container.streams[stream]):
-            try:
-                frames = packet.decode()
-            except av.FFmpegError:
-                continue  # a damaged packet elsewhere in the file
-            found |= {frame.pts: _cropped(frame, crop, size) for frame in frames if frame.pts in wanted}
-    return np.stack([found[p] for p in pts.tolist()])
+def expected(data: bytes, stream: int, pts: np.ndarray, crop: Crop, size: int) -> np.ndarray:
+    """The frames of a decode from the start, through the same scaler: what decode_clip must equal."""
+    frames, scaler = sequential(data, stream), Scaler(crop, size)
+    return np.stack([scaler(frames[p]).copy() for p in pts.tolist()])
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -46,8 +38,8 @@ def test_clips_equal_a_sequential_decode(name):
     crop = Crop(8, 4, 64, 48, True)
     for start in (0, 13, 31):
         pts = facts.pts[start : start + 28 : 4]
-        expected = sequential(data, facts.stream, pts, crop, 32)
-        np.testing.assert_array_equal(decode_clip(io.BytesIO(data), facts.stream, pts, crop, 32), expected)
+        clip = decode_clip(io.BytesIO(data), facts.stream, pts, crop, 32)
+        np.testing.assert_array_equal(clip, expected(data, facts.stream, pts, crop, 32))
 
 
 def test_repeated_frames_of_a_short_video_are_given_each_time():
@@ -85,6 +77,33 @@ def test_crops_cut_the_right_place():
     np.testing.assert_array_equal(scale_image(image, Crop(16, 16, 32, 32, True), 32), left[:, ::-1])
 
 
+def boxed(width: int, height: int, pix_fmt: str, crop: Crop, degrees: int = 0, **arguments) -> tuple[int, int, int, int]:
+    return Scaler(crop, 16, degrees, **arguments)._box(av.VideoFrame(width, height, pix_fmt), degrees // 90)
+
+
+def test_crops_begin_and_end_at_whole_chroma_samples():
+    odd = Crop(7, 5, 31, 21, False)
+    assert boxed(97, 65, "yuv420p", odd) == (6, 4, 30, 20)
+    assert boxed(97, 65, "yuv422p", odd) == (6, 5, 30, 21)
+    assert boxed(97, 65, "yuv444p", odd) == boxed(97, 65, "rgb24", odd) == boxed(97, 65, "gray", odd) == (7, 5, 31, 21)
+    assert boxed(97, 65, "yuv410p", odd) == (4, 4, 28, 20)
+    assert boxed(97, 65, "yuv420p", Crop(0, 0, 97, 65, False)) == (0, 0, 96, 64)
+    assert boxed(97, 65, "yuv420p", Crop(96, 64, 1, 1, False)) == (94, 62, 2, 2)
+
+
+def test_crops_of_turned_and_of_resized_pictures():
+    crop = Crop(10, 20, 30, 40, False)  # of 64 x 96 as displayed
+    image = np.arange(96 * 64).reshape(64, 96)
+    for turns in range(4):
+        shown = np.rot90(image, turns)
+        x, y, w, h = boxed(96, 64, "gray", crop if turns % 2 else Crop(20, 10, 40, 30, False), 90 * turns)
+        expected = shown[20:60, 10:40] if turns % 2 else shown[10:40, 20:60]
+        np.testing.assert_array_equal(np.rot90(image[y : y + h, x : x + w], turns), expected)
+    assert boxed(48, 32, "gray", Crop(20, 10, 40, 30, False), picture=(96, 64)) == (10, 5, 20, 15)
+    assert boxed(32, 48, "gray", Crop(20, 10, 40, 30, False), 90, picture=(96, 64)) == (12, 10, 15, 20)
+    assert boxed(48, 32, "gray", Crop(20, 10, 40, 30, False)) == (8, 2, 40, 30)  # without: moved inside
+
+
 def test_encoding_gives_equal_bytes_and_close_pictures():
     frames = make_frames(10)
     data = encode_video(frames, 5)
@@ -114,7 +133,7 @@ def test_real_clips_decode_exactly():
         except VideoRefused as refusal:
             refused.append((path.name, refusal.reason))
             continue
-        np.testing.assert_array_equal(clip, sequential(data, facts.stream, pts, crop, 48), err_msg=path.name)
+        np.testing.assert_array_equal(clip, expected(data, facts.stream, pts, crop, 48), err_msg=path.name)
         checked += 1
     assert checked >= 30
     assert len(refused) <= 3, refused

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from jepa_core.config import MaskConfig, OptimConfig, PredictorConfig, PretrainModelConfig, encoder_config
 from jepa_core.encoder import IMAGENET_MEAN, IMAGENET_STD, cut_tubelets
+from jepa_core.flops import Flops, pretraining_products
 from jepa_core.masks import draw_masks
 from jepa_core.optimization import autocast, compile_blocks, ema_update, make_optimizer
 from jepa_core.positions import Grid
@@ -193,21 +194,10 @@ def with_reference(case: Case, inputs: Inputs, checkout: str) -> Step:
     return plain_step(case, inputs, encoder, predictor, forward)
 
 
-def matrix_flops(case: Case, inputs: Inputs) -> tuple[float, float]:
-    """(FLOPs of the linear layers, of the attention products) in one step: 2 forward, 4 backward per multiply-add pair."""
-    size, predictor = encoder_config(case.size), PredictorConfig()
-
-    def blocks(dim: int, depth: int, ratio: float, tokens: int, passes: int) -> tuple[float, float]:
-        linear = 2 * tokens * depth * (4 * dim**2 + 2 * dim * int(dim * ratio))
-        attention = 4 * tokens**2 * dim * depth
-        return case.batch * passes * linear, case.batch * passes * attention
-
-    parts = [blocks(size.dim, size.depth, size.mlp_ratio, case.grid.num_tokens, 1)]
-    for mask in inputs.masks:
-        context, both = mask.context.shape[1], mask.context.shape[1] + mask.target.shape[2]
-        parts.append(blocks(size.dim, size.depth, size.mlp_ratio, context, 3))
-        parts.append(blocks(predictor.dim, predictor.depth, predictor.mlp_ratio, both, 3))
-    return sum(p[0] for p in parts), sum(p[1] for p in parts)
+def step_flops(case: Case, inputs: Inputs) -> Flops:
+    config = PretrainModelConfig(encoder_config(case.size), PredictorConfig(), MASKS)
+    lengths = [(mask.context.shape[1], mask.target.shape[2]) for mask in inputs.masks]
+    return pretraining_products(config, case.grid, lengths, case.batch)
 
 
 def timed(step: Step, device: str) -> tuple[float, float]:
@@ -289,10 +279,10 @@ def run_case(case: Case, options: argparse.Namespace) -> None:
     names += ["ours compiled"] if options.compile else []
     inputs = make_inputs(case)
     kept = ", ".join(f"{m.context.shape[1]}+{m.target.shape[2]}" for m in inputs.masks)
-    linear, attention = matrix_flops(case, inputs)
+    flops = step_flops(case, inputs)
     print(f"\n{case.size}, {case.frames} frames of {case.crop} px, batch {case.batch}, bf16, {case.device}")
-    print(f"  {case.grid.num_tokens} tokens, context+target {kept}; {linear / 1e12:.3f} TFLOP in linear layers, "
-          f"{attention / 1e12:.3f} in attention", flush=True)  # fmt: skip
+    print(f"  {case.grid.num_tokens} tokens, context+target {kept}; {flops.linear / 1e12:.3f} TFLOP in linear layers, "
+          f"{flops.attention / 1e12:.3f} in attention", flush=True)  # fmt: skip
     steps = {name: make_step(name, case, options.reference) for name in names}
     for step in steps.values():  # the first steps allocate and compile
         step()
@@ -314,7 +304,7 @@ def run_case(case: Case, options: argparse.Namespace) -> None:
             share = share_of_products(steps["ours"], case.device) * ratio
             print(f"  {'':16} goal {options.goal}: {verdict}; its matrix products alone: {share:.2f} of a {base} step")
         if case.device == "cuda":
-            print(f"  {'':16} model FLOPs utilisation {(linear + attention) / wall / options.peak_tflops / 1e12:.1%} "
+            print(f"  {'':16} model FLOPs utilisation {sum(flops) / wall / options.peak_tflops / 1e12:.1%} "
                   f"of {options.peak_tflops} TFLOP/s")  # fmt: skip
     if options.profile:
         print(profile_table(steps["ours"], case.device))

@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipelines import catalog, catalog_diff, catalog_verb, clips, contact_sheet, epoch_plan, item_ids
+from pipelines import catalog, catalog_diff, catalog_verb, clip_reader, contact_sheet, epoch_plan, item_ids
 from pipelines.catalog_schema import (
     CURRENT,
     ITEM_SCHEMA,
@@ -262,14 +262,15 @@ class Stages:
         return {"load_s": round(loaded, 1)}
 
     def plan(self) -> dict[str, Any]:
-        found = epoch_plan.write(self.pinned("A"), str(self.folder / "plan"), seed=0, epoch=0)
+        found = epoch_plan.write(self.pinned("A"), str(self.folder / "plan"), seed=0, dataset=0, epoch=0)
         size = sum(file.stat().st_size for file in (self.folder / "plan").iterdir())
         shutil.rmtree(self.folder / "plan")
         return {"rows": found["rows"], "bytes_per_row": round(size / found["rows"], 1)}
 
     def read_videos(self) -> dict[str, Any]:
         """What a plan saves every task of a run from: the whole table in one piece."""
-        return {"bytes_per_row": round((found := catalog.read_videos(self.pinned("A"), clips.COLUMNS)).nbytes / len(found), 1)}
+        found = catalog.read_videos(self.pinned("A"), clip_reader.COLUMNS)
+        return {"bytes_per_row": round(found.nbytes / len(found), 1)}
 
     def diff(self) -> dict[str, Any]:
         found = catalog_diff.diff(self.pinned("A"), self.pinned("B"))

@@ -562,7 +562,8 @@ def test_a_pretraining_run_becomes_a_transformers_folder(tmp_path, reporter):
         save_file(state, tmp_path / "step" / f"{part}.safetensors")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(run_config))
-    run_folder.commit_local(str(tmp_path / "run"), str(tmp_path / "step"), 1)
+    checkpoint = run_folder.checkpoint_folder(str(tmp_path / "run"), 1, "abcdef")
+    run_folder.commit(checkpoint, {"step": 1, "files": run_folder.publish(tmp_path / "step", checkpoint)})
 
     run(reporter, tmp_path / "run", tmp_path / "hf", "jepa", "transformers", "encoder=encoder")
     tree = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -590,7 +591,8 @@ def test_a_post_training_run_becomes_an_official_file(tmp_path, reporter):
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(run_config))
     (tmp_path / "run" / post_train.ENCODER_CONFIG).write_text(json.dumps(OmegaConf.to_container(OmegaConf.structured(before))))
     save_file(parts[ENCODER], tmp_path / "run" / post_train.ENCODER_FILE)
-    run_folder.commit_local(str(tmp_path / "run"), str(tmp_path / "step"), 1)
+    checkpoint = run_folder.checkpoint_folder(str(tmp_path / "run"), 1, "abcdef")
+    run_folder.commit(checkpoint, {"step": 1, "files": run_folder.publish(tmp_path / "step", checkpoint)})
 
     run(reporter, tmp_path / "run", tmp_path / "x.pt", "jepa", "vjepa2")
     written = torch.load(tmp_path / "x.pt", weights_only=True)

@@ -1,0 +1,92 @@
+"""Training in numbers on Ray's metrics port, for Prometheus: what a run is doing now, and how often something went wrong.
+
+Ray adds `ray_` before every name and `_total` behind a counter's. Without a Ray session nothing happens.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+PREFIX = "jepa_train_"
+GAUGES = {
+    "step": ("step", "Finished optimizer steps."),
+    "loss": ("loss", "Loss of the last logged step."),
+    "clips_per_s": ("samples_per_s", "Samples per second over the last interval, all workers together."),
+    "data_wait": ("data_wait", "Share of the last interval that workers waited for data, 0 to 1."),
+    "goodput": ("goodput", "Share of the time since the run was first started that went into steps that count, 0 to 1."),
+    "mfu": ("mfu", "Model FLOPs utilisation, 0 to 1."),
+    "workers": ("workers", "Train workers."),
+    "committed_step": ("committed_step", "Step of the newest committed checkpoint."),
+}
+"""Key of a line of metrics -> (name, description)."""
+AGE = ("checkpoint_age_s", "Seconds since a checkpoint was last committed, or since the workers started.")
+COUNTERS = {
+    "checkpoint_failures": ("Checkpoints that could not be written.", ()),
+    "restarts": ("Starts of the workers after their first.", ()),
+    "clips_failed": ("Clips that could not be decoded, each replaced by another.", ("reason", "dataset")),
+}
+"""Name -> (description, labels beside the run)."""
+
+
+@dataclass
+class _Published:
+    """What this process remembers of the run that it trains."""
+
+    run: str = ""
+    committed: int = 0
+    since: float = field(default_factory=time.monotonic)
+    failures: int = 0
+
+
+_now = _Published()
+_metrics: dict[str, Any] = {}
+
+
+def begin(run: str) -> None:
+    """Name the run that this process works for: the label `run` of all its numbers."""
+    global _now
+    _now = _Published(run)
+
+
+def publish(line: Mapping[str, Any]) -> None:
+    """Set the gauges from a line of metrics; what it does not have keeps its last value."""
+    if not _open():
+        return
+    for key, (name, description) in GAUGES.items():
+        if key in line:
+            _gauge(name, description).set(float(line[key]), {"run": _now.run})
+    committed, failures = line.get("committed_step", 0), line.get("checkpoint_failures", 0)
+    if committed != _now.committed:
+        _now.committed, _now.since = committed, time.monotonic()
+    _gauge(*AGE).set(time.monotonic() - _now.since, {"run": _now.run})
+    fresh = failures - _now.failures if failures >= _now.failures else failures  # a line counts since the last that was written
+    if fresh:
+        count("checkpoint_failures", fresh)
+    _now.failures = failures
+
+
+def count(name: str, number: int = 1, **labels: str) -> None:
+    """Add to one of COUNTERS, with its labels."""
+    if not _open():
+        return
+    from ray.util.metrics import Counter
+
+    if name not in _metrics:
+        description, names = COUNTERS[name]
+        _metrics[name] = Counter(PREFIX + name, description, ("run", *names))
+    _metrics[name].inc(number, {"run": _now.run, **labels})
+
+
+def _gauge(name: str, description: str) -> Any:
+    from ray.util.metrics import Gauge
+
+    if name not in _metrics:
+        _metrics[name] = Gauge(PREFIX + name, description, ("run",))
+    return _metrics[name]
+
+
+def _open() -> bool:
+    import ray
+
+    return ray.is_initialized()

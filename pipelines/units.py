@@ -1,0 +1,248 @@
+"""The unit: the smallest piece of a training step, one block of one row on its way from a decode task to a worker.
+
+A unit is `batch_size / microbatches` consecutive samples in one fixed shape. Unit u belongs to step u // microbatches, whatever
+the number of workers, so samples, crops and masks never depend on it. Behind the last one stand fillers: rows without data, so
+that dealing the rows out equally drops nothing that counts.
+
+Legend: B samples of a unit.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from pipelines.config import DataConfig
+
+UNIT, STEP, GROUP, SAMPLES, DATASETS, DIGEST, FAILURES = "unit", "step", "group", "samples", "datasets", "digest", "failures"
+"""Columns of a unit's row beside its arrays: its number; its step from 0, -1 for a filler; its group of equal clip length; sample
+numbers and the datasets they come from [B]; `digest` of what was shown; JSON of what failed to decode, "" for nothing."""
+SCHEMA = pa.schema(
+    [
+        (UNIT, pa.int64()),
+        (STEP, pa.int64()),
+        (GROUP, pa.int32()),
+        (SAMPLES, pa.list_(pa.int64())),
+        (DATASETS, pa.list_(pa.int32())),
+        (DIGEST, pa.string()),
+        (FAILURES, pa.string()),
+    ]
+)
+FILLER = -1
+"""The step of rows without data."""
+CHUNKS = 512
+"""Pieces that a run's units are planned in, at most: so many rows, 2 ms each, are what a run of any length begins with."""
+CHUNK = 64
+"""Units of a piece, at least."""
+DECODERS = {"role": "decode"}
+"""Ray's labels of nodes that are there for decoding."""
+AHEAD = 4096
+"""Units that are planned before decoding has come to them: above the decode tasks of any cluster, and some 80 MB of a process."""
+PAUSE_S = 0.2
+STORE_SHARE = 0.5
+"""Of Ray's object store that units in the making may fill."""
+_FIRST, _STOP, _END = "first", "stop", "end"
+
+
+class Unit(NamedTuple):
+    """One row, read back. Samples and datasets are int64 and int32 [B]."""
+
+    number: int
+    step: int
+    group: int
+    samples: np.ndarray
+    datasets: np.ndarray
+    digest: str
+    failures: list[dict[str, Any]]
+    row: pa.Table
+
+    def array(self, name: str, dtype: Any, shape: Sequence[int]) -> np.ndarray:
+        """One of the unit's arrays: read-only, and not a copy. A shape may leave one size to be found: -1."""
+        return np.frombuffer(_value(self.row[name]), dtype).reshape(shape)
+
+
+def block(
+    number: int,
+    step: int,
+    group: int,
+    samples: np.ndarray,
+    arrays: dict[str, np.ndarray],
+    *,
+    datasets: np.ndarray | None = None,
+    digest: str = "",
+    failures: Sequence[dict[str, Any]] = (),
+) -> pa.Table:
+    """A unit as a table of one row. `arrays` must be C-contiguous; they are not copied."""
+    datasets = np.zeros(len(samples), np.int32) if datasets is None else datasets
+    facts = {
+        UNIT: [number],
+        STEP: [step],
+        GROUP: [group],
+        SAMPLES: [samples],
+        DATASETS: [datasets],
+        DIGEST: [digest],
+        FAILURES: [json.dumps(list(failures)) if failures else ""],
+    }
+    table = pa.table(facts, SCHEMA)
+    for name, array in arrays.items():
+        table = table.append_column(name, binary(pa.py_buffer(np.ascontiguousarray(array))))
+    return table
+
+
+def filler(number: int, names: Sequence[str]) -> pa.Table:
+    """A row without data, with the columns of a unit that has arrays of these names."""
+    nothing = np.empty(0, np.uint8)
+    return block(number, FILLER, 0, np.empty(0, np.int64), dict.fromkeys(names, nothing))
+
+
+def unit_of(table: pa.Table) -> Unit:
+    """Read a table of one row, as `block` made it."""
+    number, step, group, digest, failures = (table[name][0].as_py() for name in (UNIT, STEP, GROUP, DIGEST, FAILURES))
+    samples, datasets = (table[name][0].values.to_numpy() for name in (SAMPLES, DATASETS))
+    return Unit(number, step, group, samples, datasets, digest, json.loads(failures) if failures else [], table)
+
+
+def binary(buffer: pa.Buffer) -> pa.LargeBinaryArray:
+    """One value of any size, not copied."""
+    offsets = pa.py_buffer(np.array([0, buffer.size], dtype=np.int64))
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, buffer])
+
+
+def _value(column: pa.ChunkedArray) -> pa.Buffer:
+    """The bytes of a column of one large_binary, not copied."""
+    (chunk,) = (chunk for chunk in column.chunks if len(chunk))
+    start, stop = np.frombuffer(chunk.buffers()[1], np.int64)[chunk.offset : chunk.offset + 2]
+    values = chunk.buffers()[2]
+    return pa.py_buffer(b"") if values is None else values.slice(start, stop - start)
+
+
+def digest(samples: np.ndarray, ids: Sequence[str]) -> str:
+    """16 hex digits over the sample numbers and the catalog ids of what was really shown, in order."""
+    shown = ",".join(f"{n}:{id}" for n, id in zip(samples.tolist(), ids, strict=True))
+    return hashlib.blake2b(shown.encode(), digest_size=8).hexdigest()
+
+
+def numbered(first_unit: int, num_units: int, fillers: int) -> ray.data.Dataset:
+    """Unit numbers first_unit to num_units - 1 and as many fillers behind, in at most CHUNKS pieces: see `numbers`."""
+    end = num_units + fillers
+    size = max(CHUNK, -(-(end - first_unit) // CHUNKS))
+    firsts = range(first_unit, end, size) or [first_unit]
+    pieces = [pa.table({_FIRST: [first], _STOP: [min(first + size, end)], _END: [num_units]}) for first in firsts]
+    return ray.data.from_arrow(pieces)
+
+
+def numbers(piece: pa.Table, microbatches: int) -> Iterator[tuple[int, int]]:
+    """(unit, step) of one piece of `numbered`; the step of fillers is FILLER."""
+    first, stop, end = (piece[name][0].as_py() for name in (_FIRST, _STOP, _END))
+    for unit in range(first, stop):
+        yield unit, unit // microbatches if unit < end else FILLER
+
+
+def planned(number: int, step: int, arrays: dict[str, pa.Buffer]) -> pa.Table:
+    """What a decode task is given for one unit, as a table of one row."""
+    table = pa.table({UNIT: pa.array([number], pa.int64()), STEP: pa.array([step], pa.int64())})
+    for name, buffer in arrays.items():
+        table = table.append_column(name, binary(buffer))
+    return table
+
+
+def plan_of(table: pa.Table) -> tuple[int, int, dict[str, pa.Buffer]]:
+    """(number, step, arrays) of a table that `planned` made."""
+    arrays = {name: _value(table[name]) for name in table.column_names if name not in (UNIT, STEP)}
+    return table[UNIT][0].as_py(), table[STEP][0].as_py(), arrays
+
+
+def dataset(
+    first_step: int,
+    steps: int,
+    microbatches: int,
+    fillers: int,
+    plan: Callable[..., Iterator[pa.Table]],
+    decode: Callable[..., pa.Table],
+    kwargs: dict[str, Any],
+    unit_bytes: int,
+    data: DataConfig,
+) -> ray.data.Dataset:
+    """The units of steps first_step to steps - 1, in order, and the fillers, as blocks of one row of some `unit_bytes` at most.
+
+    `plan(piece, **kwargs)` gives what each unit is decoded from, one after another; `decode(row, **kwargs)` makes its row.
+    """
+    first, end = first_step * microbatches, steps * microbatches
+    pieces = numbered(first, end, fillers)
+    pieces.context.execution_options.preserve_order = True
+    pieces.context.target_max_block_size = 1  # bytes: every row is a block of its own
+    pace = _Pace.remote(first) if end - first > AHEAD else None
+    rows = pieces.map_batches(
+        _plan,
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=0,  # it mostly waits; and other resources than decoding's keep the two apart
+        compute=ray.data.TaskPoolStrategy(size=1),  # one reader that follows the order
+        fn_args=(plan, pace, AHEAD, kwargs),
+    )
+    tasks = _tasks(unit_bytes, data)
+    return rows.map_batches(
+        _decode,
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=1,
+        compute=ray.data.TaskPoolStrategy(size=min(tasks, end + fillers - first)) if tasks else None,
+        label_selector=_where(data),
+        fn_args=(decode, pace, kwargs),
+    )
+
+
+def _plan(
+    piece: pa.Table, plan: Callable[..., Iterator[pa.Table]], pace: Any, ahead: int, kwargs: dict[str, Any]
+) -> Iterator[pa.Table]:
+    """Stays `ahead` units before decoding: Ray limits by bytes how far one stage runs ahead, and planned units weigh nothing."""
+    reached = -ahead - 1
+    for row in plan(piece, **kwargs):
+        while pace is not None and row[UNIT][0].as_py() - reached > ahead:
+            if reached >= 0:
+                time.sleep(PAUSE_S)
+            reached = ray.get(pace.reached.remote())
+        yield row
+
+
+def _decode(row: pa.Table, decode: Callable[..., pa.Table], pace: Any, kwargs: dict[str, Any]) -> pa.Table:
+    if pace is not None:
+        pace.reach.remote(row[UNIT][0].as_py())
+    return decode(row, **kwargs)
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class _Pace:
+    """How far decoding has come. After a restart the next unit tells it again."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def reach(self, number: int) -> None:
+        self._number = max(self._number, number)
+
+    def reached(self) -> int:
+        return self._number
+
+
+def _tasks(unit_bytes: int, data: DataConfig) -> int:
+    """Limit of concurrent decode tasks, 0 for none: before the first unit has come, Ray does not know how large they are."""
+    room = int(STORE_SHARE * ray.cluster_resources().get("object_store_memory", 0) // max(1, unit_bytes))
+    limit = max(2, room)
+    if data.decode_tasks:
+        return min(data.decode_tasks, limit)
+    return limit if limit < ray.cluster_resources().get("CPU", 0) else 0
+
+
+def _where(data: DataConfig) -> dict[str, str] | None:
+    """Labels of the nodes that decode; None for any node."""
+    if data.decode_on == "anywhere":
+        return None
+    labelled = any(node["Alive"] and DECODERS.items() <= node["Labels"].items() for node in ray.nodes())
+    return DECODERS if labelled or data.decode_on == "labelled" else None

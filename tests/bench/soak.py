@@ -1,0 +1,177 @@
+"""`make soak`: a pretraining run for a while, and whether its memory and its open files grow.
+
+    python tests/bench/soak.py [--minutes 10] [--clips FOLDER] [--folder FOLDER] [--quick]
+
+The real command: `jepa pretrain` of a small model on the shard that `jepa normalise` makes, with asynchronous checkpoints, in
+processes of its own, ended by SIGTERM. Memory is that of the whole process tree: each process's own, and what they share (Ray's
+object store) once. Writes soak.csv and soak.png into the folder. Ends with exit code 1 when memory grows by more than 1 MB a
+minute after warm-up, or open files grow.
+"""
+
+import argparse
+import contextlib
+import csv
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import data_inputs as inputs
+import data_tree as tree
+import numpy as np
+
+PERIOD_S = 2.0
+WARM_UP = 0.4
+"""Share of the time: processes start, the object store fills, allocators reach their size."""
+MB_A_MINUTE = 1.0
+SPARE_FILES = 4.0
+"""By which the mean number of open files of the second half may exceed the first half's: files come and go."""
+STOP_S = 120
+RUN = (
+    "preset=demo",
+    "clip.num_frames=16",
+    "train.steps=10000000",
+    "train.batch_size=8",
+    "train.microbatches=2",
+    "train.checkpoint_every=100",
+    "ray.object_store_mb=256",
+)
+
+
+class Sample(NamedTuple):
+    """One line of the table."""
+
+    minutes: float
+    own_mb: float
+    shared_mb: float
+    files: int
+    processes: int
+
+
+class Growth(NamedTuple):
+    """After warm-up: memory in MB a minute with its standard error, and open files from one half to the other."""
+
+    mb_a_minute: float
+    error: float
+    files: float
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    clips = os.environ.get("JEPA_TEST_CLIPS")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--clips", type=Path, default=clips and Path(clips), help="a folder of footage")
+    parser.add_argument("--folder", type=Path, default=Path("runs/soak"), help="for made videos, the table and the plot")
+    parser.add_argument("--quick", action="store_true", help="small videos of a texture")
+    options = parser.parse_args()
+    _, paths = inputs.made(options.folder, options.clips, inputs.QUICK if options.quick else inputs.FULL)
+    with tempfile.TemporaryDirectory(prefix="jepa-soak-") as scratch:
+        inputs.catalogued([scratch], paths[:1])
+        claims = measured(inputs.catalog_of(scratch, inputs.MANY), options.folder, options.minutes)
+    for text, value, kept in claims:
+        print(f"{text}: {value}: {'yes' if kept else 'NO'}")
+    return int(not all(kept for _, _, kept in claims))
+
+
+def measured(catalog: str, folder: Path, minutes: float) -> list[tuple[str, str, bool]]:
+    """Run and watch. Returns claims: text, what was measured, whether it is kept."""
+    with tempfile.TemporaryDirectory(prefix="jepa-soak-run-") as run_dir:
+        samples, steps = _watched(["pretrain", *RUN, f"catalog={catalog}", f"run.dir={run_dir}"], Path(run_dir), minutes)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(samples, folder / "soak.csv")
+    growth = growth_of(samples)
+    _plot(samples, growth, folder / "soak.png")
+    last = samples[-1]
+    print(f"\n{last.minutes:.1f} minutes, {steps} steps, {last.processes} processes: {last.own_mb:.0f} MB of their own, "
+          f"{last.shared_mb:.0f} MB shared, {last.files} open files; {folder / 'soak.png'}, {folder / 'soak.csv'}")  # fmt: skip
+    return [
+        (f"memory grows by less than {MB_A_MINUTE:g} MB a minute after warm-up, {minutes:g} minutes",
+         f"{growth.mb_a_minute:+.2f} +- {growth.error:.2f} MB a minute", growth.mb_a_minute < MB_A_MINUTE),
+        ("open files do not grow", f"{growth.files:+.1f}", growth.files <= SPARE_FILES),
+    ]  # fmt: skip
+
+
+def growth_of(samples: list[Sample]) -> Growth:
+    """A line through the memory after warm-up. Neighbouring samples are not independent, so the error is that of 20 means."""
+    end = samples[-1].minutes
+    kept = [sample for sample in samples if sample.minutes >= WARM_UP * end]
+    groups = [part for part in np.array_split(np.array(kept), min(20, len(kept))) if len(part)]
+    means = np.array([part.mean(axis=0) for part in groups])
+    times, memory = means[:, 0], means[:, 1] + means[:, 2]
+    slope, base = np.polyfit(times, memory, 1)
+    rest = memory - (slope * times + base)
+    error = np.sqrt((rest**2).sum() / max(1, len(rest) - 2) / ((times - times.mean()) ** 2).sum())
+    half = len(kept) // 2
+    files = np.mean([sample.files for sample in kept[half:]]) - np.mean([sample.files for sample in kept[:half]])
+    return Growth(float(slope), float(error), float(files))
+
+
+def _watched(arguments: list[str], run_dir: Path, minutes: float) -> tuple[list[Sample], int]:
+    """Samples of a command's process tree, and the last step of its run. Raises SystemExit when it ends by itself."""
+    command = [sys.executable, "-m", "pipelines.cli", *arguments]
+    log = run_dir / "soak.log"
+    with log.open("w") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[2])
+    began, samples = time.monotonic(), []
+    try:
+        while (passed := (time.monotonic() - began) / 60) < minutes:
+            if child.poll() is not None:
+                raise SystemExit(f"{' '.join(command)} ended after {passed:.1f} minutes:\n{log.read_text()[-2000:]}")
+            samples.append(Sample(passed, *tree.usage(child.pid)))
+            time.sleep(PERIOD_S)
+        child.send_signal(signal.SIGTERM)  # it saves, and ends
+        child.wait(STOP_S)
+    finally:
+        for pid in tree.processes(child.pid):  # of a run that has ended, nobody
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        child.wait()
+    from pipelines import run_folder
+
+    lines = run_folder.read_parts(str(run_dir), run_folder.METRICS)
+    if not lines:
+        raise SystemExit(f"no step was made in {minutes:g} minutes:\n{log.read_text()[-2000:]}")
+    return samples, lines[-1]["step"]
+
+
+def _write(samples: list[Sample], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(Sample._fields)
+        table.writerows([f"{value:.3f}" if isinstance(value, float) else value for value in sample] for sample in samples)
+
+
+def _plot(samples: list[Sample], growth: Growth, path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    minutes = [sample.minutes for sample in samples]
+    figure, (memory, files) = plt.subplots(2, 1, sharex=True, figsize=(8, 6))
+    memory.plot(minutes, [sample.own_mb + sample.shared_mb for sample in samples], label="own + shared")
+    memory.plot(minutes, [sample.own_mb for sample in samples], label="own memory of all processes")
+    memory.plot(minutes, [sample.shared_mb for sample in samples], label="shared memory, once")
+    memory.set_title(f"{growth.mb_a_minute:+.2f} +- {growth.error:.2f} MB a minute after warm-up")
+    memory.set_ylabel("MB")
+    files.plot(minutes, [sample.files for sample in samples], label="open files")
+    files.plot(minutes, [sample.processes for sample in samples], label="processes")
+    files.set_xlabel("minutes")
+    for axes in (memory, files):
+        axes.axvspan(0, WARM_UP * minutes[-1], color="0.93", label="warm-up")
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Units: one row without copies, and their way through Ray Data: in order, to the right worker, with bounded room."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import ray.data
+
+from pipelines import units
+from pipelines.config import DataConfig
+from pipelines.errors import Retryable, unwrapped
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import tests
+PARTS = 4
+"""Microbatches of a step."""
+
+
+def example(number=5):
+    tubelets = np.random.default_rng(number).integers(0, 256, (2, 3, 4), dtype=np.uint8)
+    states = np.arange(10, dtype=np.float32).reshape(2, 5)
+    failures = [{"sample": 3, "reason": "undecodable", "detail": 'a "quote"'}]
+    row = units.block(number, 1, 2, np.array([10, 11]), {"tubelets": tubelets, "states": states},
+                      datasets=np.array([0, 3]), digest="ab", failures=failures)  # fmt: skip
+    return row, tubelets, states, failures
+
+
+def test_a_row_gives_back_what_was_put_in_without_a_copy():
+    row, tubelets, states, failures = example()
+    unit = units.unit_of(row)
+    assert (unit.number, unit.step, unit.group, unit.digest, unit.failures) == (5, 1, 2, "ab", failures)
+    assert (unit.samples.tolist(), unit.datasets.tolist()) == ([10, 11], [0, 3])
+    for name, array in (("tubelets", tubelets), ("states", states)):
+        found = unit.array(name, array.dtype, array.shape)
+        np.testing.assert_array_equal(found, array)
+        assert found.ctypes.data == array.ctypes.data
+        assert not found.flags.writeable
+    assert unit.array("states", np.float32, (2, -1)).shape == (2, 5)
+
+
+def test_rows_are_found_in_sliced_and_combined_tables():
+    table = pa.concat_tables([example(4)[0], example(5)[0]])
+    for each in (table, table.combine_chunks()):
+        unit = units.unit_of(each.slice(1, 1))
+        np.testing.assert_array_equal(unit.array("tubelets", np.uint8, (2, 3, 4)), example(5)[1])
+        assert unit.samples.tolist() == [10, 11]
+
+
+def test_fillers_have_the_columns_of_a_unit_and_no_data():
+    row = units.filler(9, ["tubelets", "states"])
+    assert row.schema == example()[0].schema
+    unit = units.unit_of(row)
+    assert (unit.number, unit.step, len(unit.samples), unit.failures) == (9, units.FILLER, 0, [])
+    assert unit.array("states", np.float32, (0, 5)).size == 0
+
+
+def test_the_digest_tells_samples_ids_and_order_apart():
+    digests = [units.digest(np.array(samples), ids) for samples, ids in
+               [([1, 2], "ab"), ([1, 2], "ba"), ([2, 1], "ab"), ([1, 3], "ab"), ([12], "a")]]  # fmt: skip
+    assert len(set(digests)) == 5
+    assert digests[0] == "321d21f102efa96b"
+
+
+@pytest.mark.ray
+def test_a_month_of_steps_is_planned_in_seconds_and_in_few_pieces(ray_session):
+    used = time.process_time()
+    first, end = 17 * 128, 240_000 * 128
+    pieces = units.numbered(first, end, 127).take_all()
+    assert time.process_time() - used < 20
+    assert len(pieces) <= units.CHUNKS
+    assert pieces[0]["first"] == first
+    assert [piece["first"] for piece in pieces[1:]] == [piece["stop"] for piece in pieces[:-1]]
+    *_, last = numbers = list(units.numbers(pa.Table.from_pylist(pieces[-1:]), 128))
+    assert last == (end + 126, units.FILLER)
+    assert numbers[-128] == (end - 1, 239_999)
+
+
+# Through Ray Data.
+
+
+def plan(piece, **_):
+    for number, step in units.numbers(piece, PARTS):
+        yield units.planned(number, step, {"rows": pa.py_buffer(bytes(1000))})
+
+
+def decode(row, size=100, slow=(), notes=None):
+    """A unit full of its number's last octet; some take their time, as some videos do."""
+    number, step, arrays = units.plan_of(row)
+    assert len(arrays["rows"]) == 1000
+    if notes:
+        Path(notes, str(number)).touch()
+    time.sleep(0.3 if number in slow else 0.002)
+    if step == units.FILLER:
+        return units.filler(number, ["data"])
+    data = np.empty(size, np.uint8)
+    data[:] = number % 251
+    return units.block(number, step, 0, np.array([number]), {"data": data})
+
+
+def consume(shard, pause, out):
+    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        unit = units.unit_of(block)
+        if unit.step != units.FILLER:
+            assert set(unit.array("data", np.uint8, (-1,)).tolist()) == {unit.number % 251}
+        out.append((unit.number, unit.step))
+        time.sleep(pause)
+
+
+def dataset(first_step, steps, fillers, size=100, **kwargs):
+    return units.dataset(first_step, steps, PARTS, fillers, plan, decode, {"size": size, **kwargs}, size, DataConfig())
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_workers_take_turns_whatever_is_slow(ray_session, workers):
+    first_step, steps, fillers = 3, 9, workers - 1
+    shards = dataset(first_step, steps, fillers, slow=[13, 14, 21]).streaming_split(workers, equal=True)
+    taken = [[] for _ in shards]
+    pauses = [0.05 if rank == workers - 1 else 0.0 for rank in range(workers)]
+    threads = [threading.Thread(target=consume, args=job) for job in zip(shards, pauses, taken, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first, end = first_step * PARTS, steps * PARTS
+    for rank, mine in enumerate(taken):
+        due = [(u, u // PARTS) for u in range(first + rank, end, workers)]
+        assert mine[: len(due)] == due
+        assert all(step == units.FILLER for _, step in mine[len(due) :])
+    assert len({len(mine) for mine in taken}) == 1
+
+
+@pytest.mark.ray
+def test_planning_stays_a_few_units_before_decoding(ray_session, tmp_path, monkeypatch):
+    """However long the run: planned units weigh nothing, so Ray's own limits would let all of them pile up."""
+    monkeypatch.setattr(units, "CHUNK", 1000)
+    monkeypatch.setattr(units, "AHEAD", 20)
+    most = 0
+
+    def planned_and_noted(piece, notes, **_):
+        for number, step in units.numbers(piece, PARTS):
+            Path(notes, f"plan{number}").touch()
+            yield units.planned(number, step, {"rows": pa.py_buffer(bytes(1000))})
+
+    rows = units.dataset(0, 50, PARTS, 0, planned_and_noted, decode, {"notes": str(tmp_path)}, 100, DataConfig(decode_tasks=1))
+    count = 0
+    for _ in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+        count += 1
+        names = os.listdir(tmp_path)
+        planned = sum(name.startswith("plan") for name in names)
+        most = max(most, planned - (len(names) - planned))
+    assert count == 200
+    assert 10 <= most <= 20 + 5  # what is between its file and the decoder's
+
+
+@pytest.mark.ray
+def test_large_units_do_not_spill_when_the_first_one_is_slow(ray_session):
+    from ray._private.internal_api import memory_summary
+
+    def spilled():
+        lines = memory_summary(ray.get_runtime_context().gcs_address, stats_only=True).splitlines()
+        return [line for line in lines if "pilled" in line]
+
+    before, taken = spilled(), []
+    consume(dataset(0, 5, 0, size=75 << 20, slow=[0, 1, 7]), 0.1, taken)
+    assert [number for number, _ in taken] == list(range(20))
+    assert spilled() == before
+
+
+@pytest.mark.ray
+def test_a_store_that_does_not_answer_stays_retryable(ray_session):
+    def fails(row, **_):
+        raise Retryable("s3://b/a.mp4: the store does not answer")
+
+    rows = units.dataset(0, 1, PARTS, 0, plan, fails, {}, 100, DataConfig())
+    with pytest.raises(Exception, match="does not answer") as caught:
+        rows.take_all()
+    assert isinstance(unwrapped(caught.value), Retryable)
+
+
+PLACES = """
+import json, numpy as np, ray, sys
+from ray.cluster_utils import Cluster
+sys.path[:0] = {path}
+from pipelines import units
+from pipelines.config import DataConfig
+
+def plan(piece):
+    for number, step in units.numbers(piece, 2):
+        yield units.planned(number, step, dict())
+
+def decode(row):
+    number, step, _ = units.plan_of(row)
+    node = ray.get_runtime_context().get_node_id()
+    return units.block(number, step, 0, np.array([number]), dict(node=np.frombuffer(node.encode(), np.uint8)))
+
+def places(decode_on):
+    rows = units.dataset(0, 10, 2, 0, plan, decode, dict(), 100, DataConfig(decode_on=decode_on))
+    found = [units.unit_of(block) for block in rows.iter_batches(batch_size=None, batch_format="pyarrow")]
+    return sorted({{bytes(unit.array("node", np.uint8, (-1,))).decode() for unit in found}})
+
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=2))
+ray.init(address=cluster.address, log_to_driver=False)
+told = dict(head=ray.get_runtime_context().get_node_id(), without=places("auto"))
+cluster.add_node(num_cpus=1, labels=dict(role="decode"))
+cluster.wait_for_nodes()
+told |= {{on: places(on) for on in ("auto", "labelled")}}
+print(json.dumps(told | dict(labelled_nodes=[n["NodeID"] for n in ray.nodes() if n["Labels"].get("role") == "decode"])))
+"""
+
+
+@pytest.mark.ray
+def test_decoding_goes_to_the_nodes_that_are_labelled_for_it():
+    root = str(Path(units.__file__).parents[1])
+    result = subprocess.run([sys.executable, "-c", PLACES.format(path=[root])], capture_output=True, text=True, timeout=200)
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert told["without"] == [told["head"]]
+    assert told["auto"] == told["labelled"] == told["labelled_nodes"]
+    assert told["head"] not in told["auto"]
