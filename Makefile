@@ -9,9 +9,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED) system
 	$(BIN)/jepa demo dir=runs/demo
 
-# Ten random kills of ingestion; `pytest -m ingest` alone makes fifty.
+# Five random kills of ingestion; `pytest -m ingest` alone makes fifty.
 test: $(INSTALLED) system
-	JEPA_TEST_KILLS=$${JEPA_TEST_KILLS:-10} $(BIN)/python -m pytest
+	JEPA_TEST_KILLS=$${JEPA_TEST_KILLS:-5} $(BIN)/python -m pytest
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -35,7 +35,7 @@ soak: $(INSTALLED)
 
 # All faults that training must survive; `make test` has a sample.
 chaos: $(INSTALLED)
-	JEPA_CHAOS=all $(BIN)/python -m pytest -m chaos tests/chaos
+	JEPA_CHAOS=all $(BIN)/python -m pytest -m chaos tests
 
 # Requests, bytes and files per second of ingestion by container, and how it scales: make bench-ingest ARGS="--endpoint URL"
 bench-ingest: $(INSTALLED)

@@ -182,7 +182,7 @@ class VisionTransformer(nn.Module):
 
 
 def no_change(parameters: Iterable[Tensor]) -> Tensor:
-    """Zero [] by way of parameters of any shape: what it is added to keeps its value and gives each a gradient of zeros."""
+    """A zero (scalar) by way of parameters of any shape: added to something, it gives each of them a gradient of zeros."""
     return 0.0 * torch.stack([parameter.sum() for parameter in parameters]).sum()
 
 

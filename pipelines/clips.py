@@ -1,10 +1,9 @@
 """Ray Data's part of pretraining: numbers of units in, decoded uint8 tubelets out.
 
-`plan_units` gives every unit the catalog rows of its samples, `decode_unit` reads the clips. Both are pure in their arguments.
+`plan_unit` gives every unit the catalog rows of its samples, `decode_unit` reads the clips. Both are pure in their arguments.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -99,28 +98,26 @@ def open_data(config: PretrainConfig, microbatches: int, *, shared: bool = True)
 def unit_dataset(data: ClipData, first_step: int, steps: int, fillers: int) -> ray.data.Dataset:
     """The units of steps first_step to steps - 1, in order, and so many fillers behind them."""
     size = max(math.prod(data.shape_of(group)) for group in range(len(data.groups))) * data.plan.samples_per_unit
-    return units.dataset(first_step, steps, data.microbatches, fillers, plan_units, decode_unit, {"data": data}, size, data.data)
+    recipe = units.Recipe(plan_unit, decode_unit, {"data": data}, (TUBELETS,), size)
+    return units.dataset(recipe, first_step, steps, data.microbatches, fillers, data.data)
 
 
-def plan_units(piece: pa.Table, data: ClipData) -> Iterator[pa.Table]:
-    """A row for each unit of a piece: its number, its step, and the catalog rows of its samples as an Arrow stream."""
-    for number, step in units.numbers(piece, data.microbatches):
-        blob = pa.py_buffer(b"")
-        if step != units.FILLER:
-            blob = _packed(_rows(data, data.plan.unit(number)[1]))
-        yield units.planned(number, step, {_ROWS: blob})
+def plan_unit(number: int, data: ClipData) -> dict[str, pa.Buffer]:
+    """The catalog rows of a unit's samples, as an Arrow stream."""
+    rows = _rows(data, data.plan.unit(number)[1])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as stream:
+        stream.write_table(rows.combine_chunks())
+    return {_ROWS: sink.getvalue()}
 
 
-def decode_unit(planned: pa.Table, data: ClipData) -> pa.Table:
+def decode_unit(number: int, step: int, planned: dict[str, pa.Buffer], data: ClipData) -> pa.Table:
     """Read and cut the clips of one unit. What does not decode is recorded and replaced by the rule of SamplePlan.replacement.
 
-    Raises InputRefused when the replacements fail as well.
+    Raises InputRefused when the replacements fail as well, Retryable when the store does not answer.
     """
-    number, step, arrays = units.plan_of(planned)
-    if step == units.FILLER:
-        return units.filler(number, [TUBELETS])
     group, draw = data.plan.unit(number)
-    rows = pa.ipc.open_stream(arrays[_ROWS]).read_all().to_pylist()
+    rows = pa.ipc.open_stream(planned[_ROWS]).read_all().to_pylist()
     out = np.empty((len(rows), *data.shape_of(group)), np.uint8)
     ids, failures = [], []
     for place, entry in enumerate(rows):
@@ -180,13 +177,6 @@ def _rows(data: ClipData, draw: Draw) -> pa.Table:
             found.append(rows.select(list(COLUMNS)))
             order.append(wanted)
     return pa.concat_tables(found).take(np.argsort(np.concatenate(order)))
-
-
-def _packed(rows: pa.Table) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, rows.schema) as stream:
-        stream.write_table(rows.combine_chunks())
-    return sink.getvalue()
 
 
 def _size_and_digest(ref: CatalogRef) -> tuple[int, str]:

@@ -45,7 +45,12 @@ def rows(ref: CatalogRef, plans_uri: str, seed: int, dataset: int, epoch: int, p
     part_of = places // rows_per_part
     found = []
     for number in np.unique(part_of):
-        found.append(_part(storage.join(uri, _name(number))).take(places[part_of == number] - number * rows_per_part))
+        part = storage.join(uri, _name(number))
+        if part not in _OPEN and not storage.exists(part):  # deleted when the run was further on than it is now
+            storage.delete([storage.join(uri, MANIFEST)])
+            _written.cache_clear()
+            _written(ref, plans_uri, seed, dataset, epoch)
+        found.append(_part(part).take(places[part_of == number] - number * rows_per_part))
     return pa.concat_tables(found).take(np.argsort(np.argsort(part_of, kind="stable")))
 
 
@@ -67,9 +72,18 @@ def _name(number: int) -> str:
     return f"part-{number:06d}.parquet"
 
 
-@lru_cache(maxsize=OPEN_PARTS)
 def _part(uri: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+    """A part, of which the OPEN_PARTS last ones stay open."""
+    table = _OPEN.pop(uri, None)
+    if table is None:
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+    _OPEN[uri] = table
+    while len(_OPEN) > OPEN_PARTS:
+        del _OPEN[next(iter(_OPEN))]
+    return table
+
+
+_OPEN: dict[str, pa.Table] = {}
 
 
 def write(

@@ -7,6 +7,8 @@ from typing import Any
 import ray
 
 POLL_SECONDS = 0.5
+WARNING = "warning"
+"""Key of lines that are a sentence for the user."""
 Line = dict[str, Any]
 
 

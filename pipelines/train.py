@@ -22,7 +22,7 @@ from pipelines.config import TrainConfig
 from pipelines.errors import InputRefused, JepaError, Retryable, UsageError, unwrapped
 from pipelines.presets import to_yaml
 from pipelines.progress import Reporter
-from pipelines.relay import Relay
+from pipelines.relay import WARNING, Relay
 from pipelines.trackers import open_trackers
 from pipelines.train_worker import Loop, train_worker
 
@@ -47,6 +47,9 @@ def fit(loop: Loop, make_dataset: MakeDataset, stage: str, reporter: Reporter, c
     trackers = open_trackers(train.trackers, tree, loop.run_dir, lambda text: reporter.event("warning", message=text))
 
     def show(line: dict[str, Any]) -> None:
+        if WARNING in line:
+            reporter.event("warning", message=line[WARNING])
+            return
         reporter.training(line)
         trackers.log(line)
 
@@ -61,8 +64,6 @@ def fit(loop: Loop, make_dataset: MakeDataset, stage: str, reporter: Reporter, c
     finally:
         trackers.finish(status)
         reporter.stop()
-    for folder, reason in run_folder.damaged_checkpoints(loop.run_dir).items():
-        reporter.event("damaged checkpoint passed over", folder=folder, reason=reason)
     if "refused" in ending:
         raise InputRefused(ending["refused"])
     if "failed" in ending:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from pipelines import gauges, run_folder
+from pipelines.relay import WARNING
 from pipelines.run_folder import Checkpoint
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class Control:
             found = run_folder.newest_sound_checkpoint(self.loop.run_dir)
             told = [found, {}]
             if self.loop.sink is not None:
+                for folder, reason in run_folder.damaged_checkpoints(self.loop.run_dir).items():
+                    self.loop.sink.push.remote({WARNING: f"{folder} is damaged and passed over: {reason}"})
                 step = found.step if found else 0
                 told[1], restarts = ray.get(self.loop.sink.started.remote(step, self.loop.train.max_failures))
                 if restarts:

@@ -3,7 +3,6 @@
 Legend: B clips of a unit, T frames of a clip, P patches of a frame, F frames of an episode.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -98,17 +97,17 @@ def trajectory_dataset(
     data: DataConfig,
 ) -> ray.data.Dataset:
     """Decoded clips with states, as units of steps first_step to steps - 1; `episodes` are usable rows."""
-    kwargs = {
+    samples = batch_size // microbatches
+    arguments = {
         "episodes": ray.put(episodes),
         "num_frames": num_frames,
         "fps": fps,
         "size": size,
         "seed": seed,
-        "samples": batch_size // microbatches,
-        "microbatches": microbatches,
+        "samples": samples,
     }
-    unit_bytes = kwargs["samples"] * num_frames * size**2 * 3
-    return units.dataset(first_step, steps, microbatches, fillers, _plan_units, _decode_unit, kwargs, unit_bytes, data)
+    recipe = units.Recipe(_plan_unit, _decode_unit, arguments, (PATCHES, STATES), samples * num_frames * size**2 * 3)
+    return units.dataset(recipe, first_step, steps, microbatches, fillers, data)
 
 
 def sample_trajectory(episodes: pa.Table, n: int, num_frames: int, fps: float, seed: int) -> tuple[int, np.ndarray]:
@@ -129,17 +128,15 @@ def read_frames(episodes: pa.Table, row: int, frames: np.ndarray, size: int) -> 
     return images, entry["states"].values.to_numpy().reshape(-1, 7)[frames].astype(np.float32)
 
 
-def _plan_units(piece: pa.Table, microbatches: int, **_: Any) -> Iterator[pa.Table]:
-    for number, step in units.numbers(piece, microbatches):
-        yield units.planned(number, step, {})
+def _plan_unit(number: int, **_: Any) -> dict[str, pa.Buffer]:
+    """A unit is decoded from its number alone: every task has all episodes."""
+    return {}
 
 
 def _decode_unit(
-    planned: pa.Table, episodes: Any, num_frames: int, fps: float, size: int, seed: int, samples: int, microbatches: int
-) -> pa.Table:
-    number, step, _ = units.plan_of(planned)
-    if step == units.FILLER:
-        return units.filler(number, [PATCHES, STATES])
+    number: int, step: int, planned: dict[str, pa.Buffer], episodes: Any, num_frames: int, fps: float, size: int, seed: int,
+    samples: int,
+) -> pa.Table:  # fmt: skip
     table = ray.get(episodes)
     drawn = np.arange(number * samples, (number + 1) * samples)
     patches, states, uris = [], [], []

@@ -19,10 +19,13 @@ import ray
 import ray.data
 
 from pipelines.config import DataConfig
+from pipelines.errors import InputRefused, JepaError, Retryable, UsageError
 
 UNIT, STEP, GROUP, SAMPLES, DATASETS, DIGEST, FAILURES = "unit", "step", "group", "samples", "datasets", "digest", "failures"
 """Columns of a unit's row beside its arrays: its number; its step from 0, -1 for a filler; its group of equal clip length; sample
 numbers and the datasets they come from [B]; `digest` of what was shown; JSON of what failed to decode, "" for nothing."""
+ERROR = "error"
+"""Column with the error of ours that a unit's task ended with, "" for none: Ray Data would drop its type on the way."""
 SCHEMA = pa.schema(
     [
         (UNIT, pa.int64()),
@@ -32,6 +35,7 @@ SCHEMA = pa.schema(
         (DATASETS, pa.list_(pa.int32())),
         (DIGEST, pa.string()),
         (FAILURES, pa.string()),
+        (ERROR, pa.string()),
     ]
 )
 FILLER = -1
@@ -77,6 +81,7 @@ def block(
     datasets: np.ndarray | None = None,
     digest: str = "",
     failures: Sequence[dict[str, Any]] = (),
+    error: str = "",
 ) -> pa.Table:
     """A unit as a table of one row. `arrays` must be C-contiguous; they are not copied."""
     datasets = np.zeros(len(samples), np.int32) if datasets is None else datasets
@@ -88,6 +93,7 @@ def block(
         DATASETS: [datasets],
         DIGEST: [digest],
         FAILURES: [json.dumps(list(failures)) if failures else ""],
+        ERROR: [error],
     }
     table = pa.table(facts, SCHEMA)
     for name, array in arrays.items():
@@ -95,14 +101,17 @@ def block(
     return table
 
 
-def filler(number: int, names: Sequence[str]) -> pa.Table:
+def empty(number: int, step: int, names: Sequence[str], error: str = "") -> pa.Table:
     """A row without data, with the columns of a unit that has arrays of these names."""
     nothing = np.empty(0, np.uint8)
-    return block(number, FILLER, 0, np.empty(0, np.int64), dict.fromkeys(names, nothing))
+    return block(number, step, 0, np.empty(0, np.int64), dict.fromkeys(names, nothing), error=error)
 
 
 def unit_of(table: pa.Table) -> Unit:
-    """Read a table of one row, as `block` made it."""
+    """Read a table of one row, as `block` made it. Raises the error that the unit's task ended with."""
+    name, colon, message = table[ERROR][0].as_py().partition(": ")
+    if colon:
+        raise next(kind for kind in (UsageError, InputRefused, Retryable) if kind.__name__ == name)(message)
     number, step, group, digest, failures = (table[name][0].as_py() for name in (UNIT, STEP, GROUP, DIGEST, FAILURES))
     samples, datasets = (table[name][0].values.to_numpy() for name in (SAMPLES, DATASETS))
     return Unit(number, step, group, samples, datasets, digest, json.loads(failures) if failures else [], table)
@@ -144,35 +153,22 @@ def numbers(piece: pa.Table, microbatches: int) -> Iterator[tuple[int, int]]:
         yield unit, unit // microbatches if unit < end else FILLER
 
 
-def planned(number: int, step: int, arrays: dict[str, pa.Buffer]) -> pa.Table:
-    """What a decode task is given for one unit, as a table of one row."""
-    table = pa.table({UNIT: pa.array([number], pa.int64()), STEP: pa.array([step], pa.int64())})
-    for name, buffer in arrays.items():
-        table = table.append_column(name, binary(buffer))
-    return table
+class Recipe(NamedTuple):
+    """How the units of a run are made. Both functions are pure in their arguments: a task may run again."""
+
+    plan: Callable[..., dict[str, pa.Buffer]]
+    """(unit, **arguments) -> what it is decoded from, by name. Called in the order of the units, by one process at a time."""
+    decode: Callable[..., pa.Table]
+    """(unit, step, planned, **arguments) -> the unit's `block`."""
+    arguments: dict[str, Any]
+    arrays: tuple[str, ...]
+    """Names of the arrays of a unit."""
+    unit_bytes: int
+    """Of the largest unit, about."""
 
 
-def plan_of(table: pa.Table) -> tuple[int, int, dict[str, pa.Buffer]]:
-    """(number, step, arrays) of a table that `planned` made."""
-    arrays = {name: _value(table[name]) for name in table.column_names if name not in (UNIT, STEP)}
-    return table[UNIT][0].as_py(), table[STEP][0].as_py(), arrays
-
-
-def dataset(
-    first_step: int,
-    steps: int,
-    microbatches: int,
-    fillers: int,
-    plan: Callable[..., Iterator[pa.Table]],
-    decode: Callable[..., pa.Table],
-    kwargs: dict[str, Any],
-    unit_bytes: int,
-    data: DataConfig,
-) -> ray.data.Dataset:
-    """The units of steps first_step to steps - 1, in order, and the fillers, as blocks of one row of some `unit_bytes` at most.
-
-    `plan(piece, **kwargs)` gives what each unit is decoded from, one after another; `decode(row, **kwargs)` makes its row.
-    """
+def dataset(recipe: Recipe, first_step: int, steps: int, microbatches: int, fillers: int, data: DataConfig) -> ray.data.Dataset:
+    """The units of steps first_step to steps - 1, in order, and so many fillers behind them, as blocks of one row."""
     first, end = first_step * microbatches, steps * microbatches
     pieces = numbered(first, end, fillers)
     pieces.context.execution_options.preserve_order = True
@@ -184,37 +180,54 @@ def dataset(
         batch_format="pyarrow",
         num_cpus=0,  # it mostly waits; and other resources than decoding's keep the two apart
         compute=ray.data.TaskPoolStrategy(size=1),  # one reader that follows the order
-        fn_args=(plan, pace, AHEAD, kwargs),
+        fn_args=(recipe, microbatches, pace, AHEAD),
     )
-    tasks = _tasks(unit_bytes, data)
+    tasks = _tasks(recipe.unit_bytes, data)
     return rows.map_batches(
         _decode,
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=min(tasks, end + fillers - first)) if tasks else None,
+        compute=ray.data.TaskPoolStrategy(size=max(1, min(tasks, end + fillers - first))) if tasks else None,
         label_selector=_where(data),
-        fn_args=(decode, pace, kwargs),
+        fn_args=(recipe, pace),
     )
 
 
-def _plan(
-    piece: pa.Table, plan: Callable[..., Iterator[pa.Table]], pace: Any, ahead: int, kwargs: dict[str, Any]
-) -> Iterator[pa.Table]:
+def _plan(piece: pa.Table, recipe: Recipe, microbatches: int, pace: Any, ahead: int) -> Iterator[pa.Table]:
     """Stays `ahead` units before decoding: Ray limits by bytes how far one stage runs ahead, and planned units weigh nothing."""
     reached = -ahead - 1
-    for row in plan(piece, **kwargs):
-        while pace is not None and row[UNIT][0].as_py() - reached > ahead:
+    for number, step in numbers(piece, microbatches):
+        while pace is not None and number - reached > ahead:
             if reached >= 0:
                 time.sleep(PAUSE_S)
             reached = ray.get(pace.reached.remote())
-        yield row
+        planned, error = {}, ""
+        try:
+            planned = recipe.plan(number, **recipe.arguments) if step != FILLER else {}
+        except JepaError as refusal:
+            error = _told(refusal)
+        table = pa.table({UNIT: pa.array([number], pa.int64()), STEP: pa.array([step], pa.int64()), ERROR: [error]})
+        for name, buffer in planned.items():
+            table = table.append_column(name, binary(buffer))
+        yield table
 
 
-def _decode(row: pa.Table, decode: Callable[..., pa.Table], pace: Any, kwargs: dict[str, Any]) -> pa.Table:
+def _decode(table: pa.Table, recipe: Recipe, pace: Any) -> pa.Table:
+    number, step, error = (table[name][0].as_py() for name in (UNIT, STEP, ERROR))
     if pace is not None:
-        pace.reach.remote(row[UNIT][0].as_py())
-    return decode(row, **kwargs)
+        pace.reach.remote(number)
+    if step == FILLER or error:
+        return empty(number, step, recipe.arrays, error)
+    planned = {name: _value(table[name]) for name in table.column_names if name not in (UNIT, STEP, ERROR)}
+    try:
+        return recipe.decode(number, step, planned, **recipe.arguments)
+    except JepaError as refusal:
+        return empty(number, step, recipe.arrays, _told(refusal))
+
+
+def _told(error: JepaError) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)

@@ -114,3 +114,6 @@ def test_an_epoch_is_planned_when_the_walk_reaches_it_and_the_last_but_one_leave
         epoch_plan.rows(ref, plans, 0, 1, 0, np.array([7]))
     left = {info.uri.split("/")[-2] for info in storage.list_files(plans)}
     assert left == {"000-000003", "000-000004", "001-000000"}
+    epoch_plan._OPEN.clear()  # as in a process that comes back to an earlier epoch after a restart of the workers
+    row = epoch_plan.rows(ref, plans, 0, 0, 1, np.array([7]))["row"][0].as_py()
+    assert row == epoch_order(0, 0, 1, 57)[7]

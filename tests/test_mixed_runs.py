@@ -1,5 +1,6 @@
 """Runs that mix catalogs, clip lengths and images: each microbatch of one length, the mix exact, any number of workers."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -53,7 +54,11 @@ def losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in run_folder.read_parts(str(run_dir), run_folder.METRICS)]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+FULL = pytest.mark.skipif(os.environ.get("JEPA_CHAOS") != "all", reason="make chaos runs it")
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=FULL)])
 def test_two_workers_learn_from_the_mix_what_one_does(catalogs, alone, reporter, tmp_path, parallel):
     """On two workers a step has clips on one and images on the other, which use different weights: none may be left behind."""
     run_dir = tmp_path / "run"

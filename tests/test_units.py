@@ -16,7 +16,7 @@ import ray.data
 
 from pipelines import units
 from pipelines.config import DataConfig
-from pipelines.errors import Retryable, unwrapped
+from pipelines.errors import InputRefused, Retryable
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import tests
 PARTS = 4
@@ -54,7 +54,7 @@ def test_rows_are_found_in_sliced_and_combined_tables():
 
 
 def test_fillers_have_the_columns_of_a_unit_and_no_data():
-    row = units.filler(9, ["tubelets", "states"])
+    row = units.empty(9, units.FILLER, ["tubelets", "states"])
     assert row.schema == example()[0].schema
     unit = units.unit_of(row)
     assert (unit.number, unit.step, len(unit.samples), unit.failures) == (9, units.FILLER, 0, [])
@@ -85,20 +85,16 @@ def test_a_month_of_steps_is_planned_in_seconds_and_in_few_pieces(ray_session):
 # Through Ray Data.
 
 
-def plan(piece, **_):
-    for number, step in units.numbers(piece, PARTS):
-        yield units.planned(number, step, {"rows": pa.py_buffer(bytes(1000))})
+def plan(number, **_):
+    return {"rows": pa.py_buffer(bytes(1000))}
 
 
-def decode(row, size=100, slow=(), notes=None):
+def decode(number, step, planned, size=100, slow=(), notes=None):
     """A unit full of its number's last octet; some take their time, as some videos do."""
-    number, step, arrays = units.plan_of(row)
-    assert len(arrays["rows"]) == 1000
+    assert len(planned["rows"]) == 1000
     if notes:
         Path(notes, str(number)).touch()
     time.sleep(0.3 if number in slow else 0.002)
-    if step == units.FILLER:
-        return units.filler(number, ["data"])
     data = np.empty(size, np.uint8)
     data[:] = number % 251
     return units.block(number, step, 0, np.array([number]), {"data": data})
@@ -113,8 +109,9 @@ def consume(shard, pause, out):
         time.sleep(pause)
 
 
-def dataset(first_step, steps, fillers, size=100, **kwargs):
-    return units.dataset(first_step, steps, PARTS, fillers, plan, decode, {"size": size, **kwargs}, size, DataConfig())
+def dataset(first_step, steps, fillers, size=100, planner=plan, decoder=decode, config=None, **arguments):
+    recipe = units.Recipe(planner, decoder, {"size": size, **arguments}, ("data",), size)
+    return units.dataset(recipe, first_step, steps, PARTS, fillers, config or DataConfig())
 
 
 @pytest.mark.ray
@@ -141,23 +138,22 @@ def test_workers_take_turns_whatever_is_slow(ray_session, workers):
 def test_planning_stays_a_few_units_before_decoding(ray_session, tmp_path, monkeypatch):
     """However long the run: planned units weigh nothing, so Ray's own limits would let all of them pile up."""
     monkeypatch.setattr(units, "CHUNK", 1000)
-    monkeypatch.setattr(units, "AHEAD", 20)
+    monkeypatch.setattr(units, "AHEAD", 10)
     most = 0
 
-    def planned_and_noted(piece, notes, **_):
-        for number, step in units.numbers(piece, PARTS):
-            Path(notes, f"plan{number}").touch()
-            yield units.planned(number, step, {"rows": pa.py_buffer(bytes(1000))})
+    def noted(number, notes, **_):
+        Path(notes, f"plan{number}").touch()
+        return plan(number)
 
-    rows = units.dataset(0, 50, PARTS, 0, planned_and_noted, decode, {"notes": str(tmp_path)}, 100, DataConfig(decode_tasks=1))
+    rows = dataset(0, 20, 0, planner=noted, config=DataConfig(decode_tasks=1), notes=str(tmp_path))
     count = 0
     for _ in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
         count += 1
         names = os.listdir(tmp_path)
         planned = sum(name.startswith("plan") for name in names)
         most = max(most, planned - (len(names) - planned))
-    assert count == 200
-    assert 10 <= most <= 20 + 5  # what is between its file and the decoder's
+    assert count == 80
+    assert 5 <= most <= 10 + 5  # what is between its file and the decoder's
 
 
 @pytest.mark.ray
@@ -175,14 +171,18 @@ def test_large_units_do_not_spill_when_the_first_one_is_slow(ray_session):
 
 
 @pytest.mark.ray
-def test_a_store_that_does_not_answer_stays_retryable(ray_session):
-    def fails(row, **_):
-        raise Retryable("s3://b/a.mp4: the store does not answer")
+@pytest.mark.parametrize("stage", ["planner", "decoder"])
+@pytest.mark.parametrize("kind", [Retryable, InputRefused])
+def test_an_error_arrives_where_its_unit_was_due_and_is_what_it_was(ray_session, stage, kind):
+    def fails(number, *planned, **arguments):
+        if number == 2:
+            raise kind("s3://b/a.mp4: this and that")
+        return (decode if planned else plan)(number, *planned, **arguments)
 
-    rows = units.dataset(0, 1, PARTS, 0, plan, fails, {}, 100, DataConfig())
-    with pytest.raises(Exception, match="does not answer") as caught:
-        rows.take_all()
-    assert isinstance(unwrapped(caught.value), Retryable)
+    taken = []
+    with pytest.raises(kind, match=r"^s3://b/a.mp4: this and that$"):
+        consume(dataset(0, 2, 0, **{stage: fails}), 0, taken)
+    assert taken == [(0, 0), (1, 0)]
 
 
 PLACES = """
@@ -192,17 +192,15 @@ sys.path[:0] = {path}
 from pipelines import units
 from pipelines.config import DataConfig
 
-def plan(piece):
-    for number, step in units.numbers(piece, 2):
-        yield units.planned(number, step, dict())
+def plan(number):
+    return dict()
 
-def decode(row):
-    number, step, _ = units.plan_of(row)
+def decode(number, step, planned):
     node = ray.get_runtime_context().get_node_id()
     return units.block(number, step, 0, np.array([number]), dict(node=np.frombuffer(node.encode(), np.uint8)))
 
 def places(decode_on):
-    rows = units.dataset(0, 10, 2, 0, plan, decode, dict(), 100, DataConfig(decode_on=decode_on))
+    rows = units.dataset(units.Recipe(plan, decode, dict(), ("node",), 100), 0, 10, 2, 0, DataConfig(decode_on=decode_on))
     found = [units.unit_of(block) for block in rows.iter_batches(batch_size=None, batch_format="pyarrow")]
     return sorted({{bytes(unit.array("node", np.uint8, (-1,))).decode() for unit in found}})
 

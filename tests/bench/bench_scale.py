@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipelines import catalog, catalog_diff, catalog_verb, clip_reader, contact_sheet, epoch_plan, item_ids
+from pipelines import catalog, catalog_diff, catalog_verb, clip_reader, clips, contact_sheet, epoch_plan, item_ids
 from pipelines.catalog_schema import (
     CURRENT,
     ITEM_SCHEMA,
@@ -45,6 +45,7 @@ from pipelines.catalog_schema import (
     VIDEO_SCHEMA,
     VIDEOS,
 )
+from pipelines.config import DataConfig, PretrainConfig, RunConfig, TrainConfig
 from pipelines.ingest_scan import load_known, scan
 from pipelines.progress import Reporter
 from pipelines.reasons import REASONS
@@ -62,8 +63,10 @@ EXTRA = 100
 PACK = 64
 COMMIT = 4096
 MARKED = 10_000
-GOALS, GOAL_S, GOAL_GIB = ("re-scan", "plan", "diff", "sample"), 120, 4
-STAGES = ("listing", "first scan", "re-scan", "plan", "read_videos", "diff", "sample", "show", "commit",
+GOALS, GOAL_S, GOAL_GIB = ("re-scan", "plan", "feed", "diff", "sample"), 120, 4
+UNIT, FED = 24, 20_000
+"""Clips of a unit, and units that are planned."""
+STAGES = ("listing", "first scan", "re-scan", "plan", "feed", "read_videos", "diff", "sample", "show", "commit",
           "commit, overtaken", "mark")  # fmt: skip
 LEFT = ("build", "re-scan", "plan", "sample", "show", "commit", "compact", "commit, compacted")
 """Stages of the same catalog as an ingest leaves it, with a commit for each COMMIT videos."""
@@ -267,8 +270,23 @@ class Stages:
         shutil.rmtree(self.folder / "plan")
         return {"rows": found["rows"], "bytes_per_row": round(size / found["rows"], 1)}
 
+    def feed(self) -> dict[str, Any]:
+        """What the planner of a run does until it has planned some thousand units, and for each further one."""
+        train, folder = TrainConfig(steps=1, batch_size=UNIT, microbatches=1), str(self.folder / "run")
+        config = PretrainConfig(
+            catalog=str(self.pinned("A")), run=RunConfig(folder), train=train, data=DataConfig(rows_in_memory=0)
+        )
+        data = clips.open_data(config, 1)
+        count = min(FED, self.rows * 9 // 10 // UNIT)
+        clips.plan_unit(0, data)
+        started = time.process_time()
+        size = sum(len(clips.plan_unit(unit, data)["rows"]) for unit in range(count))
+        used = time.process_time() - started
+        shutil.rmtree(folder)
+        return {"units": count, "ms_per_unit": round(used / count * 1e3, 2), "bytes_per_unit": size // count}
+
     def read_videos(self) -> dict[str, Any]:
-        """What a plan saves every task of a run from: the whole table in one piece."""
+        """What a plan saves the planner of a run from: the whole table in one piece."""
         found = catalog.read_videos(self.pinned("A"), clip_reader.COLUMNS)
         return {"bytes_per_row": round(found.nbytes / len(found), 1)}
 

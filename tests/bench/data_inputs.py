@@ -1,7 +1,7 @@
 """Videos and catalogs for bench_data and soak: 720p and 1080p of real footage, encoded as cameras and sites do, and the shard
 that `jepa normalise` makes of the first. Videos are made once and kept; catalogs are made anew each time.
 
-    python tests/bench/data_inputs.py ROOTS VIDEO...    (how `catalogued` runs itself: Ray stays out of the measuring process)
+    python tests/bench/data_inputs.py ROOTS KIND VIDEO...    (as `catalogued` runs itself: Ray stays out of the measuring process)
 """
 
 import importlib.util
@@ -74,16 +74,16 @@ def made(folder: Path, clips: Path | None, sizes: Sizes) -> tuple[str, list[Path
     return name, paths
 
 
-def catalogued(roots: list[str], paths: list[Path], env: dict[str, str] | None = None) -> None:
-    """Below each root (local or s3://): a catalog of each video, of the first one normalised, and of COPIES of that."""
-    command = [sys.executable, __file__, ",".join(roots), *map(str, paths)]
+def catalogued(roots: list[str], paths: list[Path], *, many: bool, env: dict[str, str] | None = None) -> None:
+    """Below each root (local or s3://): a catalog of each video, and of the first one normalised; `many`: of COPIES of that."""
+    command = [sys.executable, __file__, ",".join(roots), MANY if many else SHARD, *map(str, paths)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **(env or {})})
 
 
 def videos(uri: str) -> list[Video]:
     """The videos of a catalog."""
     ref = catalog.pin(catalog.parse_ref(uri))
-    return [Video(ref, row) for row in catalog.read_videos(ref, (*clip_reader.COLUMNS, "index_size")).to_pylist()]
+    return [Video(ref, row) for row in catalog.read_videos(ref, (*clip_reader.COLUMNS, "index_size", "duration")).to_pylist()]
 
 
 def catalog_of(root: str, kind: str) -> str:
@@ -91,7 +91,7 @@ def catalog_of(root: str, kind: str) -> str:
     return f"{root}/{kind}/catalog"
 
 
-def _catalogue(roots: list[str], paths: list[Path]) -> None:
+def _catalogue(roots: list[str], paths: list[Path], copies: int) -> None:
     from pipelines import ingest, normalise, ray_session
     from pipelines.config import RayConfig
     from pipelines.ingest_config import IngestConfig, NormaliseConfig
@@ -103,10 +103,11 @@ def _catalogue(roots: list[str], paths: list[Path]) -> None:
                 storage.upload(path, f"{root}/{VIDEO}{number}/raw/{path.name}")
                 ingest.run(IngestConfig(f"{root}/{VIDEO}{number}/raw", catalog_of(root, f"{VIDEO}{number}")), reporter)
             normalise.run(NormaliseConfig(catalog_of(root, f"{VIDEO}0"), f"{root}/{SHARD}"), reporter)
-            data = videos(catalog_of(root, SHARD))[0].data
-            for number in range(COPIES):
-                storage.write_bytes(f"{root}/{MANY}/raw/{number}.mp4", data)
-            ingest.run(IngestConfig(f"{root}/{MANY}/raw", catalog_of(root, MANY)), reporter)
+            if copies:
+                data = videos(catalog_of(root, SHARD))[0].data
+                for number in range(copies):
+                    storage.write_bytes(f"{root}/{MANY}/raw/{number}.mp4", data)
+                ingest.run(IngestConfig(f"{root}/{MANY}/raw", catalog_of(root, MANY)), reporter)
 
 
 def _footage(clips: Path | None) -> tuple[str, list[Path]]:
@@ -167,4 +168,4 @@ def _encode(path: Path, pictures: Iterator[av.VideoFrame], lines: int, count: in
 
 
 if __name__ == "__main__":
-    _catalogue(sys.argv[1].split(","), [Path(path) for path in sys.argv[2:]])
+    _catalogue(sys.argv[1].split(","), [Path(path) for path in sys.argv[3:]], COPIES if sys.argv[2] == MANY else 0)

@@ -1,18 +1,20 @@
 """A process and all its descendants, by /proc: CPU time, memory, open files."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 TICKS = os.sysconf("SC_CLK_TCK")
-_MB = 1024
-"""/proc tells kB."""
 
 
 class Usage(NamedTuple):
-    """Of all processes together: memory of their own in MB, memory that they share (counted once), open files, processes."""
+    """Of all processes together, resident MB: their own, mapped files (libraries: counted for each process), shared memory
+    (counted once). Open files, processes.
+    """
 
     own_mb: float
+    mapped_mb: float
     shared_mb: float
     files: int
     processes: int
@@ -36,19 +38,19 @@ def cpu_s(root: int) -> float:
     return sum(int(ticks) for fields in stats for ticks in fields[11:15]) / TICKS
 
 
-def usage(root: int) -> Usage:
-    """What they hold now. A process that ends meanwhile counts as far as it was read."""
-    own, shared, files, pids = 0, 0, 0, processes(root)
-    for pid in pids:
-        try:
+def usage(root: int) -> tuple[Usage, dict[int, tuple[str, float]]]:
+    """What they hold now; and by process its title and its own memory. One that ends meanwhile counts as far as it was read."""
+    mapped, shared, files, own = 0.0, 0.0, 0, {}
+    for pid in processes(root):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-            kb = {name: int(status[name].split()[0]) for name in ("RssAnon", "RssFile", "RssShmem") if name in status}
-            own += kb.get("RssAnon", 0) + kb.get("RssFile", 0)
-            shared = max(shared, kb.get("RssShmem", 0))
+            mb = {name: int(text.split()[0]) / 1024 for name, text in status.items() if name.startswith("Rss")}
+            title = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip() or status["Name"].strip()
+            own[pid] = (title, mb.get("RssAnon", 0.0))
+            mapped += mb.get("RssFile", 0.0)
+            shared = max(shared, mb.get("RssShmem", 0.0))
             files += len(os.listdir(f"/proc/{pid}/fd"))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return Usage(own / _MB, shared / _MB, files, len(pids))
+    return Usage(sum(mb for _, mb in own.values()), mapped, shared, files, len(own)), own
 
 
 def _stat(pid: int) -> list[str]:

@@ -3,8 +3,8 @@
     python tests/bench/soak.py [--minutes 10] [--clips FOLDER] [--folder FOLDER] [--quick]
 
 The real command: `jepa pretrain` of a small model on the shard that `jepa normalise` makes, with asynchronous checkpoints, in
-processes of its own, ended by SIGTERM. Memory is that of the whole process tree: each process's own, and what they share (Ray's
-object store) once. Writes soak.csv and soak.png into the folder. Ends with exit code 1 when memory grows by more than 1 MB a
+processes of its own, ended by SIGTERM. Memory is the resident memory of the whole process tree, with shared memory (Ray's object
+store) counted once. Writes soak.csv and soak.png into the folder. Ends with exit code 1 when memory grows by more than 1 MB a
 minute after warm-up, or open files grow.
 """
 
@@ -50,9 +50,15 @@ class Sample(NamedTuple):
 
     minutes: float
     own_mb: float
+    mapped_mb: float
     shared_mb: float
     files: int
     processes: int
+
+    @property
+    def resident_mb(self) -> float:
+        """All of it."""
+        return self.own_mb + self.mapped_mb + self.shared_mb
 
 
 class Growth(NamedTuple):
@@ -73,7 +79,7 @@ def main() -> int:
     options = parser.parse_args()
     _, paths = inputs.made(options.folder, options.clips, inputs.QUICK if options.quick else inputs.FULL)
     with tempfile.TemporaryDirectory(prefix="jepa-soak-") as scratch:
-        inputs.catalogued([scratch], paths[:1])
+        inputs.catalogued([scratch], paths[:1], many=True)
         claims = measured(inputs.catalog_of(scratch, inputs.MANY), options.folder, options.minutes)
     for text, value, kept in claims:
         print(f"{text}: {value}: {'yes' if kept else 'NO'}")
@@ -83,14 +89,16 @@ def main() -> int:
 def measured(catalog: str, folder: Path, minutes: float) -> list[tuple[str, str, bool]]:
     """Run and watch. Returns claims: text, what was measured, whether it is kept."""
     with tempfile.TemporaryDirectory(prefix="jepa-soak-run-") as run_dir:
-        samples, steps = _watched(["pretrain", *RUN, f"catalog={catalog}", f"run.dir={run_dir}"], Path(run_dir), minutes)
+        samples, steps, grown = _watched(["pretrain", *RUN, f"catalog={catalog}", f"run.dir={run_dir}"], Path(run_dir), minutes)
     folder.mkdir(parents=True, exist_ok=True)
     _write(samples, folder / "soak.csv")
     growth = growth_of(samples)
     _plot(samples, growth, folder / "soak.png")
     last = samples[-1]
-    print(f"\n{last.minutes:.1f} minutes, {steps} steps, {last.processes} processes: {last.own_mb:.0f} MB of their own, "
-          f"{last.shared_mb:.0f} MB shared, {last.files} open files; {folder / 'soak.png'}, {folder / 'soak.csv'}")  # fmt: skip
+    memory = f"{last.own_mb:.0f} MB of their own, {last.mapped_mb:.0f} mapped, {last.shared_mb:.0f} shared"
+    print(f"\n{last.minutes:.1f} minutes, {steps} steps, {last.processes} processes: {memory}, {last.files} open files; "
+          f"{folder / 'soak.png'}, {folder / 'soak.csv'}")  # fmt: skip
+    print("grown most: " + ", ".join(f"{name} by {mb:.1f} MB" for mb, name in grown[:6]))
     return [
         (f"memory grows by less than {MB_A_MINUTE:g} MB a minute after warm-up, {minutes:g} minutes",
          f"{growth.mb_a_minute:+.2f} +- {growth.error:.2f} MB a minute", growth.mb_a_minute < MB_A_MINUTE),
@@ -102,9 +110,8 @@ def growth_of(samples: list[Sample]) -> Growth:
     """A line through the memory after warm-up. Neighbouring samples are not independent, so the error is that of 20 means."""
     end = samples[-1].minutes
     kept = [sample for sample in samples if sample.minutes >= WARM_UP * end]
-    groups = [part for part in np.array_split(np.array(kept), min(20, len(kept))) if len(part)]
-    means = np.array([part.mean(axis=0) for part in groups])
-    times, memory = means[:, 0], means[:, 1] + means[:, 2]
+    points = np.array([(sample.minutes, sample.resident_mb) for sample in kept])
+    times, memory = np.array([part.mean(axis=0) for part in np.array_split(points, min(20, len(kept)))]).T
     slope, base = np.polyfit(times, memory, 1)
     rest = memory - (slope * times + base)
     error = np.sqrt((rest**2).sum() / max(1, len(rest) - 2) / ((times - times.mean()) ** 2).sum())
@@ -113,18 +120,23 @@ def growth_of(samples: list[Sample]) -> Growth:
     return Growth(float(slope), float(error), float(files))
 
 
-def _watched(arguments: list[str], run_dir: Path, minutes: float) -> tuple[list[Sample], int]:
-    """Samples of a command's process tree, and the last step of its run. Raises SystemExit when it ends by itself."""
+def _watched(arguments: list[str], run_dir: Path, minutes: float) -> tuple[list[Sample], int, list[tuple[float, str]]]:
+    """Samples of a command's process tree, the last step of its run, and by how many MB each process has grown after warm-up,
+    the most first. Raises SystemExit when it ends by itself.
+    """
     command = [sys.executable, "-m", "pipelines.cli", *arguments]
     log = run_dir / "soak.log"
     with log.open("w") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[2])
     began, samples = time.monotonic(), []
+    warm: dict[int, tuple[str, float]] = {}
     try:
         while (passed := (time.monotonic() - began) / 60) < minutes:
             if child.poll() is not None:
                 raise SystemExit(f"{' '.join(command)} ended after {passed:.1f} minutes:\n{log.read_text()[-2000:]}")
-            samples.append(Sample(passed, *tree.usage(child.pid)))
+            usage, own = tree.usage(child.pid)
+            samples.append(Sample(passed, *usage))
+            warm = warm or (own if passed >= WARM_UP * minutes else {})
             time.sleep(PERIOD_S)
         child.send_signal(signal.SIGTERM)  # it saves, and ends
         child.wait(STOP_S)
@@ -138,7 +150,8 @@ def _watched(arguments: list[str], run_dir: Path, minutes: float) -> tuple[list[
     lines = run_folder.read_parts(str(run_dir), run_folder.METRICS)
     if not lines:
         raise SystemExit(f"no step was made in {minutes:g} minutes:\n{log.read_text()[-2000:]}")
-    return samples, lines[-1]["step"]
+    grown = [(mb - warm.get(pid, (title, 0.0))[1], f"{title[:40]} ({mb:.0f} MB)") for pid, (title, mb) in own.items()]
+    return samples, lines[-1]["step"], sorted(grown, reverse=True)
 
 
 def _write(samples: list[Sample], path: Path) -> None:
@@ -156,8 +169,9 @@ def _plot(samples: list[Sample], growth: Growth, path: Path) -> None:
 
     minutes = [sample.minutes for sample in samples]
     figure, (memory, files) = plt.subplots(2, 1, sharex=True, figsize=(8, 6))
-    memory.plot(minutes, [sample.own_mb + sample.shared_mb for sample in samples], label="own + shared")
-    memory.plot(minutes, [sample.own_mb for sample in samples], label="own memory of all processes")
+    memory.plot(minutes, [sample.resident_mb for sample in samples], label="resident memory of all processes")
+    memory.plot(minutes, [sample.own_mb for sample in samples], label="their own")
+    memory.plot(minutes, [sample.mapped_mb for sample in samples], label="mapped files, libraries above all")
     memory.plot(minutes, [sample.shared_mb for sample in samples], label="shared memory, once")
     memory.set_title(f"{growth.mb_a_minute:+.2f} +- {growth.error:.2f} MB a minute after warm-up")
     memory.set_ylabel("MB")

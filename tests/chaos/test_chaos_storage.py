@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(undisturbed, catalog_uri, 
     # A finished run returns without looking; it is the resumption that must not trust what it finds.
     result = jepa(*_command(config, run_dir, "train.steps=10"))
     assert result.returncode == 0, result.stderr
-    assert "damaged checkpoint passed over" in result.stdout
+    assert "is damaged and passed over" in result.stdout
     assert path.name in result.stdout
     assert trace(run_dir, ("step",))[-1] == ["10"]
     assert ledger(run_dir)[: len(ledger(undisturbed))] == ledger(undisturbed)
@@ -126,6 +126,7 @@ def _smoke() -> tuple[str, ...]:
     return SMOKE
 
 
+@slow
 def test_a_full_disk_costs_a_checkpoint_and_is_told(undisturbed, catalog_uri, reporter, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
 

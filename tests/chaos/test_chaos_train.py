@@ -102,6 +102,7 @@ def test_sigterm_saves_and_says_that_the_same_command_continues(undisturbed, cat
     assert_same(run_dir, undisturbed)
 
 
+@slow
 def test_more_and_fewer_workers_see_the_same_samples(undisturbed, catalog_uri, reporter, tmp_path):
     """1 -> 2 -> 1 workers within one epoch. Gradients are summed in another order, so losses agree but for rounding."""
     run_dir = tmp_path / "run"
