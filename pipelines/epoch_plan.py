@@ -2,7 +2,7 @@
 
 The plan's row n holds the columns of the video at place n of the epoch (jepa_core.order). Two passes over the table: the first
 ranks all videos by place, the second hands every row to its part by way of a file on the local disk. Memory grows with the names
-of the videos (about 100 bytes each), the local file with the columns (about 220 bytes each). A part is read whole, so a reader
+of the videos (about 100 bytes each), the local file with the columns (about 340 bytes each). A part is read whole, so a reader
 that follows the order holds one.
 """
 
@@ -31,7 +31,7 @@ PLAN_SCHEMA = pa.schema([(ROW, pa.int64()), *(VIDEO_SCHEMA.field(name) for name 
 SPOOLED = 500_000
 """Rows sorted at once on their way to the parts."""
 ROWS_PER_PART = 20_000
-"""Some 2.5 MB as written and 9 MB in memory: what a reader holds, and what it reads for a single row out of order."""
+"""Some 2.2 MB as written and 7 MB in memory: what a reader holds, and what it reads for a single row out of order."""
 OPEN_PARTS = 8
 """Parts that a process holds: as many datasets can be mixed without reading a part twice."""
 

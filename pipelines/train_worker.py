@@ -274,7 +274,8 @@ def _units(first: int, rank: int, world: int) -> Iterator[tuple[Unit, float]]:
     """(microbatch, seconds waited for it), in order: this rank's share."""
     shard = ray.train.get_dataset_shard("train")
     before = time.monotonic()
-    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+    # One ahead: with two, a worker holds some six units, which fills a small object store.
+    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         unit = unit_of(block)
         yield unit, time.monotonic() - before
         before = time.monotonic()

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,11 +30,13 @@ import numpy as np
 
 PERIOD_S = 2.0
 WARM_UP = 0.4
-"""Share of the time: processes start, the object store fills, allocators reach their size."""
+"""Share of the time after the first step: the object store fills, allocators reach their size."""
 MB_A_MINUTE = 1.0
 SPARE_FILES = 4.0
 """By which the mean number of open files of the second half may exceed the first half's: files come and go."""
-STOP_S = 120
+START_S, STOP_S = 600, 120
+STEPS = '"progress"'
+"""In the lines of a run that has made a step."""
 RUN = (
     "preset=demo",
     "clip.num_frames=16",
@@ -120,38 +123,46 @@ def growth_of(samples: list[Sample]) -> Growth:
     return Growth(float(slope), float(error), float(files))
 
 
-def _watched(arguments: list[str], run_dir: Path, minutes: float) -> tuple[list[Sample], int, list[tuple[float, str]]]:
-    """Samples of a command's process tree, the last step of its run, and by how many MB each process has grown after warm-up,
-    the most first. Raises SystemExit when it ends by itself.
-    """
-    command = [sys.executable, "-m", "pipelines.cli", *arguments]
-    log = run_dir / "soak.log"
+@contextlib.contextmanager
+def _running(arguments: list[str], log: Path) -> Iterator[subprocess.Popen]:
+    """A command from its first step on, until SIGTERM makes it save and end."""
     with log.open("w") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[2])
-    began, samples = time.monotonic(), []
-    warm: dict[int, tuple[str, float]] = {}
+        child = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *arguments], stdout=output, stderr=subprocess.STDOUT,
+                                 cwd=Path(__file__).parents[2])  # fmt: skip
     try:
-        while (passed := (time.monotonic() - began) / 60) < minutes:
-            if child.poll() is not None:
-                raise SystemExit(f"{' '.join(command)} ended after {passed:.1f} minutes:\n{log.read_text()[-2000:]}")
-            usage, own = tree.usage(child.pid)
-            samples.append(Sample(passed, *usage))
-            warm = warm or (own if passed >= WARM_UP * minutes else {})
+        deadline = time.monotonic() + START_S
+        while STEPS not in log.read_text():
+            if child.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the run made no step:\n{log.read_text()[-2000:]}")
             time.sleep(PERIOD_S)
-        child.send_signal(signal.SIGTERM)  # it saves, and ends
+        yield child
+        child.send_signal(signal.SIGTERM)
         child.wait(STOP_S)
     finally:
         for pid in tree.processes(child.pid):  # of a run that has ended, nobody
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         child.wait()
+
+
+def _watched(arguments: list[str], run_dir: Path, minutes: float) -> tuple[list[Sample], int, list[tuple[float, str]]]:
+    """Samples of a command's process tree, the last step of its run, and by how many MB each process has grown after warm-up,
+    the most first. Raises SystemExit when it ends by itself.
+    """
+    samples, warm, log = [], {}, run_dir / "soak.log"
+    with _running(arguments, log) as child:
+        began = time.monotonic()
+        while (passed := (time.monotonic() - began) / 60) < minutes:
+            if child.poll() is not None:
+                raise SystemExit(f"the run ended after {passed:.1f} minutes:\n{log.read_text()[-2000:]}")
+            usage, own = tree.usage(child.pid)
+            samples.append(Sample(passed, *usage))
+            warm = warm or (own if passed >= WARM_UP * minutes else {})
+            time.sleep(PERIOD_S)
     from pipelines import run_folder
 
-    lines = run_folder.read_parts(str(run_dir), run_folder.METRICS)
-    if not lines:
-        raise SystemExit(f"no step was made in {minutes:g} minutes:\n{log.read_text()[-2000:]}")
     grown = [(mb - warm.get(pid, (title, 0.0))[1], f"{title[:40]} ({mb:.0f} MB)") for pid, (title, mb) in own.items()]
-    return samples, lines[-1]["step"], sorted(grown, reverse=True)
+    return samples, run_folder.read_parts(str(run_dir), run_folder.METRICS)[-1]["step"], sorted(grown, reverse=True)
 
 
 def _write(samples: list[Sample], path: Path) -> None:
