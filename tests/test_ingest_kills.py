@@ -128,7 +128,7 @@ def committed(uri: Path) -> dict[str, str]:
 def test_an_ingest_that_is_killed_anywhere_ends_in_the_clean_run_s_catalog(source, clean, cluster, tmp_path):
     chance = random.Random(4)
     kills, episode, kinds = 0, 0, {"driver": 0, "worker": 0, "reader": 0, "node": 0}
-    while kills < KILLS:
+    while kills < KILLS or min(kinds["driver"], kinds["worker"] + kinds["reader"]) == 0:  # drivers and their tasks both
         uri = tmp_path / f"cat{episode}"
         episode += 1
         before: dict[str, str] = {}
