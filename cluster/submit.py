@@ -17,6 +17,9 @@ from pipelines.errors import EXIT_OK, JepaError, Retryable, UsageError
 from pipelines.presets import load
 
 POLL_SECONDS = 1.0
+AGENT_SECONDS = 120.0
+"""A cluster that has just started answers before any of its nodes takes jobs."""
+NO_AGENT = "No available agent"
 USAGE = "usage: python -m cluster.submit http://HEAD:8265 VERB [key=value ...]"
 
 
@@ -38,7 +41,7 @@ def submit(address: str, verb: str, arguments: Sequence[str]) -> int:
         print(f"attaching to {name}", file=sys.stderr)
     else:
         command = ["jepa", verb, *arguments] + ([] if verb == "report" else ["ray.address=auto"])
-        client.submit_job(entrypoint=shlex.join(command), submission_id=name)
+        _submit(client, shlex.join(command), name)
         print(f"submitted {name}", file=sys.stderr)
     return _follow(client, name)
 
@@ -55,6 +58,19 @@ def _client(address: str) -> Any:
     except (ConnectionError, RuntimeError, RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Retryable(f"no Ray dashboard answers at {address} ({reason}): check the address and RAY_AUTH_TOKEN") from error
+
+
+def _submit(client: Any, command: str, name: str) -> None:
+    """Raises Retryable when the cluster does not take the job."""
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            client.submit_job(entrypoint=command, submission_id=name)
+            return
+        except RuntimeError as error:
+            if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                raise Retryable(f"the cluster did not take {name}: {str(error).strip().splitlines()[0]}") from error
+        time.sleep(POLL_SECONDS)
 
 
 def _follow(client: Any, name: str) -> int:

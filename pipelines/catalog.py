@@ -143,16 +143,11 @@ def packets(ref: CatalogRef, row: dict[str, Any]) -> packet_index.PacketIndex:
         raise InputRefused(f"{pack_uri(ref, row['index_pack'])}: the index of {row['uri']} is damaged ({error})") from error
 
 
-def shown_between(ref: CatalogRef, row: dict[str, Any], first_pts: int, last_pts: int) -> np.ndarray:
-    """Times of the shown frames around an interval, int64, ascending: one ranged read of the part of the index that covers it.
-
-    The frame on screen at `first_pts` is among them. Raises InputRefused when the pack is damaged.
-    """
-    return packet_index.shown(packets_between(ref, row, first_pts, last_pts))
-
-
 def packets_between(ref: CatalogRef, row: dict[str, Any], first_pts: int, last_pts: int) -> packet_index.PacketIndex:
-    """The packets that the frames of `shown_between` need to be decoded, from a key frame on."""
+    """The packets that decoding the frames on screen between two times needs, from a key frame on: a part of the index.
+
+    The frame on screen at `first_pts` is among those that they show. Raises InputRefused when the pack is damaged.
+    """
     return _index_part(ref, row, partial(packet_index.slice_range, row["index_directory"], first_pts, last_pts))[0]
 
 

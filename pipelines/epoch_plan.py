@@ -125,11 +125,6 @@ def manifest(out_uri: str) -> dict[str, Any]:
     return json.loads(storage.read_bytes(storage.join(out_uri, MANIFEST)))
 
 
-def parts(out_uri: str) -> list[str]:
-    """URIs of a plan's parts, in the order of their samples. Raises InputRefused when no whole plan stands there."""
-    return [storage.join(out_uri, name) for name in manifest(out_uri)["parts"]]
-
-
 def _ranks(ref: CatalogRef) -> np.ndarray:
     """Number in the order of `catalog.read_videos` of each kept video, in the order of the table's files: int64 [n]."""
     order = catalog.row_order(catalog.read(ref, VIDEOS, catalog.ORDER, catalog.KEPT), catalog.ORDER)

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
 from jepa_core import weights
@@ -19,6 +17,7 @@ from jepa_core.weights import ACTION_PREDICTOR, ENCODER, PARTS, PREDICTOR, PROBE
 from pipelines import run_folder, storage
 from pipelines.config import PostTrainConfig, PretrainConfig
 from pipelines.errors import InputRefused, UsageError
+from pipelines.presets import from_tree
 
 MODEL = "model.json"
 UNUSED = "unused.safetensors"
@@ -172,14 +171,15 @@ def _read_folder(uri: str) -> ModelFolder:
     sections = tree.get("config", {})
     if not parts or set(parts) - set(PARTS) or set(sections) - set(_SECTIONS):
         raise InputRefused(f"{uri}/{MODEL} names the parts {parts} with settings of {sorted(sections)}: known are {list(PARTS)}")
-    config = ModelConfig(**{name: _typed(_SECTIONS[name], section, uri) for name, section in sections.items()})
+    foreign = f"{uri} is not what this program writes"
+    config = ModelConfig(**{name: from_tree(_SECTIONS[name], section, foreign) for name, section in sections.items()})
     unused: dict[str, State] = {}
     if storage.exists(storage.join(uri, UNUSED)):
         for name, tensor in load_tensors(storage.join(uri, UNUSED)).items():
             part, _, key = name.partition("/")
             unused.setdefault(part, {})[key] = tensor
     loaded = {part: load_tensors(storage.join(uri, f"{part}.safetensors")) for part in parts}
-    return ModelFolder(config, loaded, unused, _typed(ClipFormat, tree.get("clip", {}), uri), tree.get("source", {}))
+    return ModelFolder(config, loaded, unused, from_tree(ClipFormat, tree.get("clip", {}), foreign), tree.get("source", {}))
 
 
 def _read_run(uri: str) -> ModelFolder:
@@ -187,13 +187,13 @@ def _read_run(uri: str) -> ModelFolder:
     source = {"format": "jepa-run", "uri": uri, "step": checkpoint.step}
     weights_file, config_file = (storage.join(uri, name) for name in _POST_TRAINED_ENCODER)
     if not storage.exists(config_file):
-        run = _typed(PretrainConfig, run_folder.read_config(uri), uri)
+        run = run_folder.config_of(uri, PretrainConfig, "pretraining")
         parts = {part: run_folder.load_weights(checkpoint, part) for part in (ENCODER, TARGET_ENCODER, PREDICTOR)}
         predictor = replace(run.model.predictor, num_mask_tokens=run.model.predictor.num_mask_tokens or len(run.model.masks))
         config = ModelConfig(encoder=run.model.encoder, predictor=predictor)
         return ModelFolder(config, parts, clip=_clip(run.clip), source=source)
-    run = _typed(PostTrainConfig, run_folder.read_config(uri), uri)
-    before = _typed(PretrainConfig, load_json(config_file), uri)
+    run = run_folder.config_of(uri, PostTrainConfig, "post-training")
+    before = from_tree(PretrainConfig, load_json(config_file), f"{config_file} is damaged")
     # The one encoder of an action-conditioned model is called "encoder" in official files too, whichever it was before.
     parts = {ENCODER: load_tensors(weights_file), ACTION_PREDICTOR: run_folder.load_weights(checkpoint, PREDICTOR)}
     config = ModelConfig(encoder=before.model.encoder, action_predictor=run.predictor)
@@ -207,10 +207,3 @@ def _clip(clip: Any) -> ClipFormat:
 
 def _sections(config: ModelConfig) -> dict[str, Any]:
     return {entry.name: value for entry in fields(config) if (value := getattr(config, entry.name)) is not None}
-
-
-def _typed(schema: type[T], tree: Any, uri: str) -> T:
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise InputRefused(f"{uri} is not what this program writes: {str(error).splitlines()[0]}") from error

@@ -17,6 +17,7 @@ from jepa_core.positions import Grid
 from pipelines import model_folder, pretrain, ray_session, run_folder, storage
 from pipelines.config import PostTrainConfig, PretrainConfig
 from pipelines.errors import InputRefused
+from pipelines.presets import from_tree
 from pipelines.progress import Reporter
 from pipelines.trackers import check_trackers
 from pipelines.video import frame_patches
@@ -180,13 +181,12 @@ def measure_rollout(config: PostTrainConfig) -> dict[str, list[float]]:
 
 def load_frozen_encoder(run_dir: str) -> tuple[VisionTransformer, PretrainConfig]:
     """The encoder that a post-training run keeps in its folder, frozen, and its pretraining configuration."""
-    from omegaconf import OmegaConf
     from safetensors.torch import load
 
     tree = run_folder.read_json(run_dir, ENCODER_CONFIG)
     if tree is None:
         raise InputRefused(f"{run_dir} is not a post-training run (no {ENCODER_CONFIG}): check the path")
-    source = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), tree))
+    source = from_tree(PretrainConfig, tree, f"{run_dir}/{ENCODER_CONFIG} is damaged")
     encoder = VisionTransformer(source.model.encoder).eval().requires_grad_(False)
     encoder.load_state_dict(load(storage.read_bytes(storage.join(run_dir, ENCODER_FILE))))
     return encoder, source
@@ -194,30 +194,17 @@ def load_frozen_encoder(run_dir: str) -> tuple[VisionTransformer, PretrainConfig
 
 def load_world_model(run_dir: str) -> WorldModel:
     """Encoder and predictor of a finished or running post-training run, in eval mode."""
-    config = _config_of(run_dir)
+    config = run_folder.config_of(run_dir, PostTrainConfig, "post-training")
     encoder, source = load_frozen_encoder(run_dir)
     predictor = ActionPredictor(config.predictor, source.model.encoder.dim).eval().requires_grad_(False)
     predictor.load_state_dict(run_folder.load_weights(run_folder.require_checkpoint(run_dir), PREDICTOR))
     return WorldModel(encoder, predictor, source.clip.crop_size, config.fps)
 
 
-def _config_of(run_dir: str) -> PostTrainConfig:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        tree = OmegaConf.merge(OmegaConf.structured(PostTrainConfig), run_folder.read_config(run_dir))
-        return OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:
-        raise InputRefused(f"{run_dir} is not a post-training run: {str(error).splitlines()[0]}") from error
-
-
 def _freeze_encoder(encoder: VisionTransformer, source: PretrainConfig, run_dir: str) -> None:
     """Copy the encoder into the run once: the run stands alone, and no checkpoint repeats it."""
-    from omegaconf import OmegaConf
-
     model_folder.save_tensors(storage.join(run_dir, ENCODER_FILE), encoder.state_dict())
-    run_folder.write_json(run_dir, ENCODER_CONFIG, OmegaConf.to_container(OmegaConf.structured(source)))
+    run_folder.write_json(run_dir, ENCODER_CONFIG, run_folder.as_tree(source))
 
 
 def _fit(config: PostTrainConfig, source: PretrainConfig, reporter: Reporter) -> None:

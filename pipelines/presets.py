@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from pipelines.errors import UsageError
+from pipelines.errors import InputRefused, UsageError
 
 T = TypeVar("T")
 
@@ -44,6 +44,14 @@ def load(schema: type[T], verb: str, overrides: Sequence[str]) -> T:
     if hasattr(config, "check"):
         config.check()
     return config
+
+
+def from_tree(schema: type[T], tree: Any, what: str) -> T:
+    """A configuration that was saved before. Raises InputRefused, "`what`: ...", where the tree is none of this schema."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
+    except (OmegaConfBaseException, ValueError) as error:
+        raise InputRefused(f"{what}: {_first_line(error)}") from error
 
 
 def read_preset(verb: str, name: str) -> dict[str, Any]:

@@ -173,14 +173,7 @@ def model_config(model: model_folder.ModelFolder, uri: str) -> PretrainConfig:
 
 def config_of(run_dir: str) -> PretrainConfig:
     """The configuration of an existing pretraining run. Raises InputRefused for another kind of folder."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    tree = run_folder.read_config(run_dir)
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), tree))
-    except OmegaConfBaseException as error:
-        raise InputRefused(f"{run_dir} is not a pretraining run: {str(error).splitlines()[0]}") from error
+    return run_folder.config_of(run_dir, PretrainConfig, "pretraining")
 
 
 def _fit(config: PretrainConfig, reporter: Reporter) -> None:

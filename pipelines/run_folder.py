@@ -22,20 +22,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
 from pipelines import storage
 from pipelines.config import RunConfig, TrainConfig
 from pipelines.errors import InputRefused, UsageError
-from pipelines.presets import to_yaml
+from pipelines.presets import from_tree, to_yaml
 
 CONFIG = "config.yaml"
 PROVENANCE = "provenance.json"
 METRICS = "metrics"
 QUARANTINE = "quarantine"
 CHECKPOINTS = "checkpoints"
+T = TypeVar("T")
 COMMIT, DAMAGED = "COMMIT", "DAMAGED"
 LEDGER = "ledger"
 DIGEST_BYTES = 1 << 22
@@ -233,6 +234,11 @@ def read_config(run_dir: str) -> dict[str, Any]:
     if not is_run(run_dir):
         raise InputRefused(f"{run_dir} is not a run folder (no {CONFIG}): check the path")
     return yaml.safe_load(storage.read_bytes(storage.join(storage.normalize(run_dir), CONFIG)))
+
+
+def config_of(run_dir: str, schema: type[T], stage: str) -> T:
+    """The same, typed. Raises InputRefused, "... is not a `stage` run", for another kind of folder."""
+    return from_tree(schema, read_config(run_dir), f"{run_dir} is not a {stage} run")
 
 
 def refuse_other_run(run_dir: str, config: Any) -> None:

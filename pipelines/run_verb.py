@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import run_folder, storage
+from pipelines.config import PretrainConfig
 from pipelines.errors import InputRefused
 from pipelines.ledger import DATASET_COLUMNS, ROWS, Audit, Line, rows_of_video
 from pipelines.ledger_config import RunFolderConfig
@@ -59,9 +60,7 @@ def show(run_dir: str, reporter: Reporter) -> dict[str, Any]:
 
 def ledger(run_dir: str, options: RunFolderConfig, reporter: Reporter) -> dict[str, Any]:
     """Recompute, compare, list. Raises InputRefused naming the first differences, after the tables."""
-    from pipelines.pretrain import config_of
-
-    config = config_of(run_dir)
+    config = run_folder.config_of(run_dir, PretrainConfig, "pretraining")
     config = replace(config, run=replace(config.run, dir=run_dir))  # it may be a copy
     found = run_folder.require_checkpoint(run_dir)
     listed = any(value is not None for value in (options.step, options.sample, options.video, options.out))

@@ -60,7 +60,7 @@ def fit(loop: Loop, make_dataset: MakeDataset, stage: str, reporter: Reporter, c
     try:
         with relay, _stopping(relay.sink):
             ending = _trained(loop, make_dataset)
-        status = "stopped" if "stopped" in ending else "finished"
+        status = "stopped" if "stopped" in ending else "failed" if ending.keys() & {"refused", "failed"} else "finished"
     finally:
         trackers.finish(status)
         reporter.stop()
@@ -89,9 +89,7 @@ def _trained(loop: Loop, make_dataset: MakeDataset) -> dict[str, Any]:
 
     def remaining() -> ray.data.Dataset:
         found = run_folder.latest_checkpoint(loop.run_dir)  # the workers have checked it by now
-        dataset = make_dataset(found.step if found else 0, workers - 1)
-        dataset.context.execution_options.preserve_order = True  # without a worker group, Train's DataConfig is not asked
-        return dataset
+        return make_dataset(found.step if found else 0, workers - 1)
 
     filesystem, path = storage.arrow_filesystem(storage.join(loop.run_dir, RAY_FOLDER))
     elastic = train.min_workers and train.min_workers < train.num_workers

@@ -46,12 +46,10 @@ class Decision:
     """Wait until the checkpoint stands: a node is about to go."""
     stop: bool = False
     reason: str = ""
-    waited: float = 0.0
-    """Seconds without data, of this worker."""
     forward_s: list[float] = field(default_factory=list)
-    """By rank."""
+    """By rank: see StepResult."""
     waits: list[float] = field(default_factory=list)
-    """By rank."""
+    """Seconds without data, by rank."""
 
     @property
     def broken(self) -> list[int]:
@@ -123,7 +121,6 @@ class Control:
             save=bool(vector[_SAVE]) or bool(every and (step + 1) % every == 0),
             stop=bool(vector[_STOP]),
             reason="asked to stop (SIGTERM)" if vector[_STOP] else "",
-            waited=result.waited,
             forward_s=times[0].tolist(),
             waits=times[1].tolist(),
         )

@@ -5,6 +5,7 @@ load as safetensors beside them. It counts when its COMMIT stands, which rank 0 
 Copying is all that training waits for; writing happens in a thread, over a process group of its own.
 """
 
+import os
 import shutil
 import tempfile
 import threading
@@ -63,7 +64,7 @@ class TrainState:
         module, optimizer = get_state_dict(self.module, self.optimizer)
         return {"module": module, "optimizer": optimizer}
 
-    def load(self, checkpoint: Checkpoint, local_rank: int = 0) -> None:
+    def load(self, checkpoint: Checkpoint) -> None:
         """Take weights, moments and progress of a checkpoint; it may come from any number of workers, sharded or not.
 
         All workers call this. Raises InputRefused where the COMMIT is damaged, RuntimeError or ValueError for other shapes.
@@ -71,7 +72,7 @@ class TrainState:
         record = run_folder.read_commit(checkpoint)
         names = [name for name in record["files"] if name.startswith(f"{STATE}/")]
         tensors = self.tensors()
-        with _LocalCopy(checkpoint.uri, names, local_rank) as folder:
+        with _LocalCopy(checkpoint.uri, names) as folder:
             dcp.load(tensors, checkpoint_id=str(folder / STATE), no_dist=not dist.is_initialized())
         set_state_dict(self.module, self.optimizer, model_state_dict=tensors["module"], optim_state_dict=tensors["optimizer"])
         self.progress = Progress(**record["progress"])
@@ -80,12 +81,15 @@ class TrainState:
 class _LocalCopy:
     """A folder on this node with some files of a checkpoint. One worker of a node fetches them, the others wait for it."""
 
-    def __init__(self, uri: str, names: Sequence[str], local_rank: int) -> None:
-        self.uri, self.names, self.fetches = uri, names, local_rank == 0
+    def __init__(self, uri: str, names: Sequence[str]) -> None:
+        self.uri, self.names = uri, names
+        self.fetches = not dist.is_initialized() or os.environ["LOCAL_RANK"] == "0"
         self.folder = Path(uri)
         self.remote = storage.is_s3(uri)
         if self.remote:
-            self.folder = Path(tempfile.gettempdir()) / f"jepa-{uri.rpartition('/')[2]}"
+            # The port is the same for the workers of a run, and another for other runs on the node.
+            meeting = os.environ["MASTER_PORT"] if dist.is_initialized() else f"alone-{os.getpid()}"
+            self.folder = Path(tempfile.gettempdir()) / f"jepa-{uri.rpartition('/')[2]}-{meeting}"
 
     def __enter__(self) -> Path:
         if self.remote and self.fetches:

@@ -147,7 +147,7 @@ class _Worker:
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint:
-            self.state.load(checkpoint, ray.train.get_context().get_local_rank() if self.world > 1 else 0)
+            self.state.load(checkpoint)
             self.saver.committed, self.saver.seconds = checkpoint.step, self.state.progress.save_s
         else:
             self.task.begin(self.state.optimizer)
@@ -157,7 +157,7 @@ class _Worker:
 
     def run(self) -> dict[str, Any]:
         progress, steps = self.state.progress, self.loop.train.steps
-        units = _units(progress.step * self.parts, self.rank, self.world)
+        units = _units()
         decision = Decision()
         while progress.step < steps and not decision.stop:
             began = time.monotonic()
@@ -171,7 +171,7 @@ class _Worker:
                 return {"step": progress.step, "refused": refusal}
             numbers = {"grad_norm": norm, "lr": self._update(progress.step)}
             progress.step += 1
-            progress.useful_s += max(0.0, time.monotonic() - began - decision.waited)
+            progress.useful_s += max(0.0, time.monotonic() - began - result.waited)
             numbers |= result.numbers
             self.log.step(progress, result, decision, numbers, self.saver)
             if decision.save or decision.stop or last:
@@ -270,7 +270,7 @@ class _Worker:
         return {"step": step} | ({"stopped": decision.reason} if decision.stop and step < self.loop.train.steps else {})
 
 
-def _units(first: int, rank: int, world: int) -> Iterator[tuple[Unit, float]]:
+def _units() -> Iterator[tuple[Unit, float]]:
     """(microbatch, seconds waited for it), in order: this rank's share."""
     shard = ray.train.get_dataset_shard("train")
     before = time.monotonic()
@@ -279,4 +279,4 @@ def _units(first: int, rank: int, world: int) -> Iterator[tuple[Unit, float]]:
         unit = unit_of(block)
         yield unit, time.monotonic() - before
         before = time.monotonic()
-    raise RuntimeError(f"the data of rank {rank} of {world} ended early, counted from microbatch {first}")
+    raise RuntimeError("the data ended before the last step")

@@ -76,6 +76,28 @@ def make_corpus(folder: Path, count: int = 3) -> Path:
     return folder
 
 
+def make_catalogs(root: Path, videos: dict[str, int], reporter) -> dict[str, str]:
+    """Catalogs below `root` of so many videos of 40 frames each, and one of five `images`: {name: uri@version}."""
+    from PIL import Image
+
+    from pipelines import catalog, ingest
+    from pipelines.ingest_config import IngestConfig
+
+    for name, count in videos.items():
+        (root / name).mkdir()
+        for index in range(count):
+            (root / name / f"{index}.mp4").write_bytes(encode(make_frames(40, seed=index)))
+    (root / "images").mkdir()
+    for index, picture in enumerate(make_frames(5, seed=9)):
+        Image.fromarray(picture).save(root / "images" / f"{index}.png")
+    made = {}
+    for name in (*videos, "images"):
+        kind = "images" if name == "images" else "auto"
+        ingest.run(IngestConfig(source=f"{root}/{name}", catalog=f"{root}/catalog-{name}", kind=kind), reporter)
+        made[name] = str(catalog.pin(catalog.parse_ref(f"{root}/catalog-{name}")))
+    return made
+
+
 def jepa(*arguments: str, env: dict[str, str] | None = None, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "pipelines.cli", *arguments]

@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
@@ -204,6 +205,22 @@ class SeparateS3:
         request = urllib.request.Request(f"{self.endpoint}/{CONTROL}/", data=data, method=method)
         with urllib.request.urlopen(request, timeout=30) as reply:
             return json.load(reply)
+
+
+def impatient(server: FaultyS3, monkeypatch: Any) -> FaultyS3:
+    """The server emptied and without faults, and clients of this process that use it and lose patience quickly."""
+    from pipelines import storage_s3
+
+    for name, value in (("READ_TIMEOUT_S", 0.3), ("FIRST_WAIT_S", 0.01), ("DEADLINE_S", 20.0)):
+        monkeypatch.setattr(storage_s3, name, value)
+    for name, value in server.env().items():
+        monkeypatch.setenv(name, value)
+    server.seed, server.rate, server.kinds, server.stall_s, server.md5_tags = 0, 0.0, KINDS, 0.6, True
+    server.applies = server.flips = server.flips_first = ""
+    server.uploads.clear()
+    server.objects.clear()
+    server.reset_counts()
+    return server
 
 
 def environment(endpoint: str) -> dict[str, str]:

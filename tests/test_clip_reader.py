@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from clip_files import assert_exact, catalogued, drawn, encoded, read, sequential
 from fuzz_clips import clips, picture, poked, remux, together
-from s3_faults import KINDS, FaultyS3
+from s3_faults import KINDS, FaultyS3, impatient
 
 from jepa_core.config import ClipConfig
 from jepa_core.sampling import reference_frames
@@ -273,15 +273,7 @@ def server():
 
 @pytest.fixture
 def s3(server, monkeypatch):
-    monkeypatch.setattr(storage_s3, "READ_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(storage_s3, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(storage_s3, "DEADLINE_S", 20.0)
-    for name, value in server.env().items():
-        monkeypatch.setenv(name, value)
-    server.rate, server.kinds, server.stall_s, server.applies, server.flips_first = 0.0, KINDS, 0.6, "", ""
-    server.objects.clear()
-    server.reset_counts()
-    return server
+    return impatient(server, monkeypatch)
 
 
 def test_a_clip_costs_one_request_for_its_pixels_and_one_for_its_index(s3):

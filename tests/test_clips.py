@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import encode, make_corpus, make_frames
-from PIL import Image
+from conftest import make_catalogs, make_corpus
 
 from jepa_core.config import ClipConfig, EncoderConfig, PretrainModelConfig
 from pipelines import catalog, clips, epoch_plan, ingest, storage, units
@@ -27,19 +26,7 @@ def ingested(source: Path, uri: Path, reporter, **options) -> str:
 @pytest.fixture(scope="module")
 def catalogs(ray_session, reporter, tmp_path_factory) -> dict[str, str]:
     """Seven videos, three others, five images."""
-    root = tmp_path_factory.mktemp("clips")
-    for name, count in (("many", 7), ("few", 3)):
-        (root / name).mkdir()
-        for index in range(count):
-            (root / name / f"{index}.mp4").write_bytes(encode(make_frames(40, seed=index)))
-    (root / "images").mkdir()
-    for index, picture in enumerate(make_frames(5, seed=9)):
-        Image.fromarray(picture).save(root / "images" / f"{index}.png")
-    kinds = {"images": {"kind": "images"}}
-    return {
-        name: ingested(root / name, root / f"catalog-{name}", reporter, **kinds.get(name, {}))
-        for name in ("many", "few", "images")
-    }
+    return make_catalogs(tmp_path_factory.mktemp("clips"), {"many": 7, "few": 3}, reporter)
 
 
 def settings(tmp_path: Path, catalog_uri: str | None = None, **options) -> PretrainConfig:

@@ -31,7 +31,8 @@ def cluster(tmp_path_factory):
     environment["PATH"] = f"{BIN}:{environment['PATH']}"  # a job's command is looked up on the head's PATH
     port, dashboard = free_port(), free_port()
     command = [BIN / "ray", "start", "--head", "--num-cpus=4", f"--port={port}", "--dashboard-host=127.0.0.1",
-               f"--dashboard-port={dashboard}", "--object-store-memory=300000000", "--block"]  # fmt: skip
+               f"--dashboard-port={dashboard}", "--object-store-memory=300000000", "--block",
+               f"--dashboard-agent-listen-port={free_port()}"]  # fmt: skip  # the default is taken by other Rays here
     head = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )

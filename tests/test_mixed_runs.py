@@ -5,13 +5,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import encode, make_frames
-from PIL import Image
+from conftest import make_catalogs
 
-from pipelines import ingest, pretrain, run_folder
+from pipelines import pretrain, run_folder
 from pipelines.config import PretrainConfig
 from pipelines.errors import UsageError
-from pipelines.ingest_config import IngestConfig
 from pipelines.presets import load
 
 pytestmark = pytest.mark.ray
@@ -20,18 +18,7 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def catalogs(ray_session, reporter, tmp_path_factory) -> dict[str, str]:
     """Videos, other videos, images."""
-    root = tmp_path_factory.mktemp("mixed")
-    for name, count in (("videos", 3), ("others", 2)):
-        (root / name).mkdir()
-        for index in range(count):
-            (root / name / f"{index}.mp4").write_bytes(encode(make_frames(40, seed=index)))
-    (root / "images").mkdir()
-    for index, picture in enumerate(make_frames(5, seed=9)):
-        Image.fromarray(picture).save(root / "images" / f"{index}.png")
-    for name in ("videos", "others", "images"):
-        kind = "images" if name == "images" else "auto"
-        ingest.run(IngestConfig(source=f"{root}/{name}", catalog=f"{root}/catalog-{name}", kind=kind), reporter)
-    return {name: f"{root}/catalog-{name}" for name in ("videos", "others", "images")}
+    return make_catalogs(tmp_path_factory.mktemp("mixed"), {"videos": 3, "others": 2}, reporter)
 
 
 def settings(catalogs: dict[str, str], run_dir: Path, *more: str) -> PretrainConfig:

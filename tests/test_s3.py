@@ -81,7 +81,7 @@ def test_ingest_pretrain_and_resume_on_s3(endpoint, bucket):
     assert second.returncode == 0, second.stderr
     steps = [event["done"] for event in events(second) if event["event"] == "progress"]
     assert steps == [3, 4], "the second command continues where the first stopped"
-    assert events(second)[-1]["catalog"] == f"{bucket}/catalog@1"
+    assert events(second)[-1]["catalogs"] == {"catalog": f"{bucket}/catalog@1"}
 
 
 def test_refusals_say_what_and_where(endpoint, bucket):

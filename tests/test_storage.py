@@ -10,7 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from s3_faults import KINDS, FaultyS3, SeparateS3
+from s3_faults import KINDS, FaultyS3, SeparateS3, impatient
 
 from pipelines import storage, storage_s3
 from pipelines.block_reader import BLOCK_BYTES, BlockReader
@@ -31,16 +31,8 @@ def server():
 @pytest.fixture
 def s3(server, monkeypatch):
     """A server without faults and with one object, and clients that lose patience quickly."""
-    monkeypatch.setattr(storage_s3, "READ_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(storage_s3, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(storage_s3, "DEADLINE_S", 20.0)
-    for name, value in server.env().items():
-        monkeypatch.setenv(name, value)
-    server.seed, server.rate, server.kinds, server.stall_s, server.applies, server.md5_tags = 0, 0.0, KINDS, 0.6, "", True
-    server.uploads.clear()
-    server.objects.clear()
+    impatient(server, monkeypatch)
     server.objects[NAME] = DATA
-    server.reset_counts()
     storage.reset_counters()
     return server
 

@@ -180,7 +180,7 @@ def _train_worker(config: dict[str, Any]) -> list[float]:
 
     trainer = _Trainer(**config)
     shard = ray.train.get_dataset_shard("train")
-    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         trainer.take(unit_of(block).array(clips.TUBELETS, np.uint8, (-1,))[::PAGE])
     return trainer.result()
 
