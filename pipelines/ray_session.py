@@ -63,6 +63,8 @@ def _set_environment(*, embedded: bool) -> None:
         # Train's clean-up actor looks for a dashboard; without an answer it searches for any cluster that ever ran on this
         # machine, and every run ends with 12 s of waiting. Nothing listens on port 1, so it gives up at once.
         os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+        # The history of tasks, for a dashboard that an embedded session lacks: tens of MB before its own limit is reached.
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 POLL_SECONDS = 0.5
 WARNING = "warning"
@@ -64,7 +65,9 @@ class Relay:
     """While the block runs, calls `show` with every line that any process pushed to `sink`."""
 
     def __init__(self, show: Callable[[Line], None]) -> None:
-        self.sink: Any = Sink.remote()
+        # On the driver's node: it shall outlive every other one, whose loss a run survives.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.sink: Any = Sink.options(scheduling_strategy=here).remote()
         self.show = show
         self._finished = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)

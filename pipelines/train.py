@@ -32,7 +32,7 @@ RESTARTS = 1000
 """Of the workers, with or without progress: so that an image that cannot even start ends some day."""
 
 MakeDataset = Callable[[int, int], ray.data.Dataset]
-"""(first step, fillers) -> the microbatches that remain, and so many empty ones behind them."""
+"""(first step, fillers) -> the microbatches that remain: see units.dataset."""
 
 
 def fit(loop: Loop, make_dataset: MakeDataset, stage: str, reporter: Reporter, config: Any) -> None:

@@ -33,7 +33,7 @@ from pipelines.run_folder import Checkpoint
 from pipelines.train_control import Control, Decision
 from pipelines.train_log import TrainLog
 from pipelines.train_state import Saver, TrainState
-from pipelines.units import Unit, unit_of
+from pipelines.units import FILLER, Span, Unit, unit_of
 
 # Batches are read from shared memory without a copy, and never written.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -151,9 +151,10 @@ class _Worker:
             self.saver.committed, self.saver.seconds = checkpoint.step, self.state.progress.save_s
         else:
             self.task.begin(self.state.optimizer)
-        self.first_step = self.state.progress.step
+        first_step = self.state.progress.step
+        self.span = Span(first_step, self.loop.train.steps, self.parts)
         if self.rank == 0:
-            run_folder.delete_parts_after(self.loop.run_dir, self.first_step)
+            run_folder.delete_parts_after(self.loop.run_dir, first_step)
 
     def run(self) -> dict[str, Any]:
         progress, steps = self.state.progress, self.loop.train.steps
@@ -225,8 +226,7 @@ class _Worker:
             yield
 
     def _owner(self, unit: int) -> int:
-        """Rank that Ray Data hands a microbatch to: round robin from the first one of this start."""
-        return (unit - self.first_step * self.parts) % self.world
+        return self.span.owner(unit, self.world)
 
     def _gradient_norm(self) -> float:
         """Of all gradients together, before they are cut to optim.clip_grad; the same on all workers."""
@@ -273,10 +273,13 @@ class _Worker:
 def _units() -> Iterator[tuple[Unit, float]]:
     """(microbatch, seconds waited for it), in order: this rank's share."""
     shard = ray.train.get_dataset_shard("train")
-    before = time.monotonic()
-    # One ahead: with two, a worker holds some six units, which fills a small object store.
-    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        unit = unit_of(block)
-        yield unit, time.monotonic() - before
-        before = time.monotonic()
+    before, came = time.monotonic(), True
+    while came:  # segments
+        came = False
+        # One ahead: with two, a worker holds some six units, which fills a small object store.
+        for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            unit = unit_of(block)
+            if unit.step != FILLER:
+                yield unit, time.monotonic() - before
+                before, came = time.monotonic(), True
     raise RuntimeError("the data ended before the last step")

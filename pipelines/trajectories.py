@@ -107,7 +107,7 @@ def trajectory_dataset(
         "samples": samples,
     }
     recipe = units.Recipe(_plan_unit, _decode_unit, arguments, (PATCHES, STATES), samples * num_frames * size**2 * 3)
-    return units.dataset(recipe, first_step, steps, microbatches, fillers, data)
+    return units.dataset(recipe, units.Span(first_step, steps, microbatches), fillers, data)
 
 
 def sample_trajectory(episodes: pa.Table, n: int, num_frames: int, fps: float, seed: int) -> tuple[int, np.ndarray]:

@@ -1,15 +1,14 @@
 """The unit: the smallest piece of a training step, one block of one row on its way from a decode task to a worker.
 
 A unit is `batch_size / microbatches` consecutive samples in one fixed shape. Unit u belongs to step u // microbatches, whatever
-the number of workers, so samples, crops and masks never depend on it. Behind the last one stand fillers: rows without data, so
-that dealing the rows out equally drops nothing that counts.
+the number of workers, so samples, crops and masks never depend on it. Units come in segments, and behind each stand fillers: rows
+without data, so that dealing the rows out equally drops nothing that counts.
 
 Legend: B samples of a unit.
 """
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -40,18 +39,18 @@ SCHEMA = pa.schema(
 )
 FILLER = -1
 """The step of rows without data."""
-CHUNKS = 512
-"""Pieces that a run's units are planned in, at most: so many rows, 2 ms each, are what a run of any length begins with."""
+SEGMENT_UNITS, SEGMENT_STEPS = 4096, 256
+"""A segment is what one execution of Ray Data brings: so many units at least, and so many steps. Ray Data keeps about 3 kB of
+every task until its execution ends, and planned units, 10 kB each, weigh nothing to it; so neither may be the whole run. Between
+two segments the workers wait a second or two.
+"""
 CHUNK = 64
-"""Units of a piece, at least."""
+"""Units of a piece."""
 DECODERS = {"role": "decode"}
 """Ray's labels of nodes that are there for decoding."""
-AHEAD = 4096
-"""Units that are planned before decoding has come to them: above the decode tasks of any cluster, and some 80 MB of a process."""
-PAUSE_S = 0.2
 STORE_SHARE = 0.5
 """Of Ray's object store that units in the making may fill."""
-_FIRST, _STOP, _END = "first", "stop", "end"
+_FIRST, _STOP = "first", "stop"
 
 
 class Unit(NamedTuple):
@@ -137,20 +136,39 @@ def digest(samples: np.ndarray, ids: Sequence[str]) -> str:
     return hashlib.blake2b(shown.encode(), digest_size=8).hexdigest()
 
 
-def numbered(first_unit: int, num_units: int, fillers: int) -> ray.data.Dataset:
-    """Unit numbers first_unit to num_units - 1 and as many fillers behind, in at most CHUNKS pieces: see `numbers`."""
-    end = num_units + fillers
-    size = max(CHUNK, -(-(end - first_unit) // CHUNKS))
-    firsts = range(first_unit, end, size) or [first_unit]
-    pieces = [pa.table({_FIRST: [first], _STOP: [min(first + size, end)], _END: [num_units]}) for first in firsts]
-    return ray.data.from_arrow(pieces)
+class Span(NamedTuple):
+    """The units of a start of a run, in segments. All workers count with the same numbers."""
 
+    first_step: int
+    steps: int
+    """The step to stop before."""
+    microbatches: int
+    segment_steps: int = 0
+    """Steps of a segment, 0 for the rule."""
 
-def numbers(piece: pa.Table, microbatches: int) -> Iterator[tuple[int, int]]:
-    """(unit, step) of one piece of `numbered`; the step of fillers is FILLER."""
-    first, stop, end = (piece[name][0].as_py() for name in (_FIRST, _STOP, _END))
-    for unit in range(first, stop):
-        yield unit, unit // microbatches if unit < end else FILLER
+    @property
+    def segment(self) -> int:
+        """Units of a segment."""
+        return (self.segment_steps or max(SEGMENT_STEPS, -(-SEGMENT_UNITS // self.microbatches))) * self.microbatches
+
+    def owner(self, unit: int, workers: int) -> int:
+        """Rank that Ray Data hands a unit to: round robin from the first one of a segment."""
+        return (unit - self.first_step * self.microbatches) % self.segment % workers
+
+    def pieces(self) -> list[pa.Table]:
+        """What a segment is planned from: see `numbers`."""
+        size = max(1, min(self.segment, (self.steps - self.first_step) * self.microbatches))
+        return [pa.table({_FIRST: [first], _STOP: [min(first + CHUNK, size)]}) for first in range(0, size, CHUNK)]
+
+    def numbers(self, piece: pa.Table, segment: int, fillers: int) -> Iterator[tuple[int, int]]:
+        """(unit, step) of one piece of a segment, from 0; behind the segment's last piece, fillers of step FILLER."""
+        first, stop = (piece[name][0].as_py() for name in (_FIRST, _STOP))
+        base, end = self.first_step * self.microbatches + segment * self.segment, self.steps * self.microbatches
+        last = min(base + self.segment, end)
+        for unit in range(base + first, min(base + stop, last)):
+            yield unit, unit // self.microbatches
+        if base + first < last <= base + stop:
+            yield from ((last + number, FILLER) for number in range(fillers))
 
 
 class Recipe(NamedTuple):
@@ -167,41 +185,38 @@ class Recipe(NamedTuple):
     """Of the largest unit, about."""
 
 
-def dataset(recipe: Recipe, first_step: int, steps: int, microbatches: int, fillers: int, data: DataConfig) -> ray.data.Dataset:
-    """The units of steps first_step to steps - 1, in order, and so many fillers behind them, as blocks of one row."""
-    first, end = first_step * microbatches, steps * microbatches
-    pieces = numbered(first, end, fillers)
+def dataset(recipe: Recipe, span: Span, fillers: int, data: DataConfig) -> ray.data.Dataset:
+    """The units of a span in order, as blocks of one row. Each time that it is iterated it brings the next segment, and so many
+    fillers behind it.
+    """
+    pieces = ray.data.from_arrow(span.pieces())
     pieces.context.execution_options.preserve_order = True
     pieces.context.target_max_block_size = 1  # bytes: every row is a block of its own
-    pace = _Pace.remote(first) if end - first > AHEAD else None
+    pieces.context._execution_idx = 0
     rows = pieces.map_batches(
         _plan,
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,  # it mostly waits; and other resources than decoding's keep the two apart
         compute=ray.data.TaskPoolStrategy(size=1),  # one reader that follows the order
-        fn_args=(recipe, microbatches, pace, AHEAD),
+        fn_args=(recipe, span, fillers),
     )
     tasks = _tasks(recipe.unit_bytes, data)
+    most = min(span.segment, (span.steps - span.first_step) * span.microbatches) + fillers
     return rows.map_batches(
         _decode,
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=max(1, min(tasks, end + fillers - first))) if tasks else None,
+        compute=ray.data.TaskPoolStrategy(size=max(1, min(tasks, most))) if tasks else None,
         label_selector=_where(data),
-        fn_args=(recipe, pace),
+        fn_args=(recipe,),
     )
 
 
-def _plan(piece: pa.Table, recipe: Recipe, microbatches: int, pace: Any, ahead: int) -> Iterator[pa.Table]:
-    """Stays `ahead` units before decoding: Ray limits by bytes how far one stage runs ahead, and planned units weigh nothing."""
-    reached = -ahead - 1
-    for number, step in numbers(piece, microbatches):
-        while pace is not None and number - reached > ahead:
-            if reached >= 0:
-                time.sleep(PAUSE_S)
-            reached = ray.get(pace.reached.remote())
+def _plan(piece: pa.Table, recipe: Recipe, span: Span, fillers: int) -> Iterator[pa.Table]:
+    segment = ray.data.DataContext.get_current()._execution_idx  # as Ray's own shuffles count epochs
+    for number, step in span.numbers(piece, segment, fillers):
         planned, error = {}, ""
         try:
             planned = recipe.plan(number, **recipe.arguments) if step != FILLER else {}
@@ -213,10 +228,8 @@ def _plan(piece: pa.Table, recipe: Recipe, microbatches: int, pace: Any, ahead: 
         yield table
 
 
-def _decode(table: pa.Table, recipe: Recipe, pace: Any) -> pa.Table:
+def _decode(table: pa.Table, recipe: Recipe) -> pa.Table:
     number, step, error = (table[name][0].as_py() for name in (UNIT, STEP, ERROR))
-    if pace is not None:
-        pace.reach.remote(number)
     if step == FILLER or error:
         return empty(number, step, recipe.arrays, error)
     planned = {name: _value(table[name]) for name in table.column_names if name not in (UNIT, STEP, ERROR)}
@@ -228,20 +241,6 @@ def _decode(table: pa.Table, recipe: Recipe, pace: Any) -> pa.Table:
 
 def _told(error: JepaError) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-class _Pace:
-    """How far decoding has come. After a restart the next unit tells it again."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def reach(self, number: int) -> None:
-        self._number = max(self._number, number)
-
-    def reached(self) -> int:
-        return self._number
 
 
 def _tasks(unit_bytes: int, data: DataConfig) -> int:

@@ -1,7 +1,6 @@
 """Units: one row without copies, and their way through Ray Data: in order, to the right worker, with bounded room."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -68,18 +67,26 @@ def test_the_digest_tells_samples_ids_and_order_apart():
     assert digests[0] == "321d21f102efa96b"
 
 
-@pytest.mark.ray
-def test_a_month_of_steps_is_planned_in_seconds_and_in_few_pieces(ray_session):
-    used = time.process_time()
-    first, end = 17 * 128, 240_000 * 128
-    pieces = units.numbered(first, end, 127).take_all()
-    assert time.process_time() - used < 20
-    assert len(pieces) <= units.CHUNKS
-    assert pieces[0]["first"] == first
-    assert [piece["first"] for piece in pieces[1:]] == [piece["stop"] for piece in pieces[:-1]]
-    *_, last = numbers = list(units.numbers(pa.Table.from_pylist(pieces[-1:]), 128))
-    assert last == (end + 126, units.FILLER)
-    assert numbers[-128] == (end - 1, 239_999)
+def test_a_month_of_steps_is_planned_in_segments_that_miss_and_repeat_nothing():
+    span = units.Span(17, 240_000, 128)
+    pieces = span.pieces()
+    assert len(pieces) == span.segment // units.CHUNK == 512
+    segments = -(-(240_000 - 17) * 128 // span.segment)
+    seen = 17 * 128
+    for segment in (*range(3), segments - 2, segments - 1):
+        told = [pair for piece in pieces for pair in span.numbers(piece, segment, 3)]
+        numbers = [unit for unit, step in told if step != units.FILLER]
+        if segment == segments - 2:
+            seen = numbers[0]
+        assert numbers == list(range(seen, seen + len(numbers)))
+        seen += len(numbers)
+        assert told[-3:] == [(seen + n, units.FILLER) for n in range(3)]
+        assert all(step == unit // 128 for unit, step in told[:-3])
+        for workers in (1, 3, 4):
+            owners = [span.owner(unit, workers) for unit in numbers[:50]]
+            assert owners == [n % workers for n in range(len(owners))]
+    assert seen == 240_000 * 128
+    assert [pair for piece in pieces for pair in span.numbers(piece, segments, 3)] == []
 
 
 # Through Ray Data.
@@ -109,51 +116,33 @@ def consume(shard, pause, out):
         time.sleep(pause)
 
 
-def dataset(first_step, steps, fillers, size=100, planner=plan, decoder=decode, config=None, **arguments):
+def dataset(span, fillers, size=100, planner=plan, decoder=decode, config=None, **arguments):
     recipe = units.Recipe(planner, decoder, {"size": size, **arguments}, ("data",), size)
-    return units.dataset(recipe, first_step, steps, PARTS, fillers, config or DataConfig())
+    return units.dataset(recipe, span, fillers, config or DataConfig())
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 def test_workers_take_turns_whatever_is_slow(ray_session, workers):
-    first_step, steps, fillers = 3, 9, workers - 1
-    shards = dataset(first_step, steps, fillers, slow=[13, 14, 21]).streaming_split(workers, equal=True)
+    """In three segments of five steps, the last one of two."""
+    span = units.Span(3, 15, PARTS, segment_steps=5)
+    shards = dataset(span, workers - 1, slow=[13, 14, 21]).streaming_split(workers, equal=True)
     taken = [[] for _ in shards]
     pauses = [0.05 if rank == workers - 1 else 0.0 for rank in range(workers)]
-    threads = [threading.Thread(target=consume, args=job) for job in zip(shards, pauses, taken, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    first, end = first_step * PARTS, steps * PARTS
-    for rank, mine in enumerate(taken):
-        due = [(u, u // PARTS) for u in range(first + rank, end, workers)]
-        assert mine[: len(due)] == due
-        assert all(step == units.FILLER for _, step in mine[len(due) :])
-    assert len({len(mine) for mine in taken}) == 1
-
-
-@pytest.mark.ray
-def test_planning_stays_a_few_units_before_decoding(ray_session, tmp_path, monkeypatch):
-    """However long the run: planned units weigh nothing, so Ray's own limits would let all of them pile up."""
-    monkeypatch.setattr(units, "CHUNK", 1000)
-    monkeypatch.setattr(units, "AHEAD", 10)
-    most = 0
-
-    def noted(number, notes, **_):
-        Path(notes, f"plan{number}").touch()
-        return plan(number)
-
-    rows = dataset(0, 20, 0, planner=noted, config=DataConfig(decode_tasks=1), notes=str(tmp_path))
-    count = 0
-    for _ in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-        count += 1
-        names = os.listdir(tmp_path)
-        planned = sum(name.startswith("plan") for name in names)
-        most = max(most, planned - (len(names) - planned))
-    assert count == 80
-    assert 5 <= most <= 10 + 5  # what is between its file and the decoder's
+    for segment in range(3):
+        before = [len(mine) for mine in taken]
+        threads = [threading.Thread(target=consume, args=job) for job in zip(shards, pauses, taken, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        first = (3 + 5 * segment) * PARTS
+        for rank, mine in enumerate(taken):
+            due = [(u, u // PARTS) for u in range(first, min(first + 5 * PARTS, 15 * PARTS)) if span.owner(u, workers) == rank]
+            new = mine[before[rank] :]
+            assert new[: len(due)] == due
+            assert all(step == units.FILLER for _, step in new[len(due) :])
+        assert len({len(mine) for mine in taken}) == 1
 
 
 @pytest.mark.ray
@@ -165,7 +154,7 @@ def test_large_units_do_not_spill_when_the_first_one_is_slow(ray_session):
         return [line for line in lines if "pilled" in line]
 
     before, taken = spilled(), []
-    consume(dataset(0, 5, 0, size=75 << 20, slow=[0, 1, 7]), 0.1, taken)
+    consume(dataset(units.Span(0, 5, PARTS), 0, size=75 << 20, slow=[0, 1, 7]), 0.1, taken)
     assert [number for number, _ in taken] == list(range(20))
     assert spilled() == before
 
@@ -181,7 +170,7 @@ def test_an_error_arrives_where_its_unit_was_due_and_is_what_it_was(ray_session,
 
     taken = []
     with pytest.raises(kind, match=r"^s3://b/a.mp4: this and that$"):
-        consume(dataset(0, 2, 0, **{stage: fails}), 0, taken)
+        consume(dataset(units.Span(0, 2, PARTS), 0, **{stage: fails}), 0, taken)
     assert taken == [(0, 0), (1, 0)]
 
 
@@ -200,7 +189,8 @@ def decode(number, step, planned):
     return units.block(number, step, 0, np.array([number]), dict(node=np.frombuffer(node.encode(), np.uint8)))
 
 def places(decode_on):
-    rows = units.dataset(units.Recipe(plan, decode, dict(), ("node",), 100), 0, 10, 2, 0, DataConfig(decode_on=decode_on))
+    recipe = units.Recipe(plan, decode, dict(), ("node",), 100)
+    rows = units.dataset(recipe, units.Span(0, 10, 2), 0, DataConfig(decode_on=decode_on))
     found = [units.unit_of(block) for block in rows.iter_batches(batch_size=None, batch_format="pyarrow")]
     return sorted({{bytes(unit.array("node", np.uint8, (-1,))).decode() for unit in found}})
 

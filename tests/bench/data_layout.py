@@ -131,7 +131,7 @@ def _transport(way: str, count: int) -> tuple[float, float]:
         batches = (batch["clip"].reshape(-1) for batch in rows.iter_batches(batch_size=CLIPS, prefetch_batches=1))
     else:
         recipe = units.Recipe(_plan, _decode, {"way": way}, ("clips",), IMAGES.nbytes * CLIPS)
-        blocks = units.dataset(recipe, 0, count, 1, 0, DataConfig(decode_tasks=2)).iter_batches(
+        blocks = units.dataset(recipe, units.Span(0, count, 1), 0, DataConfig(decode_tasks=2)).iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=1
         )
         batches = (units.unit_of(pa.table(block)).array("clips", np.uint8, (-1,)) for block in blocks)

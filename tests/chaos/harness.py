@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,14 @@ def once(marker: Path) -> bool:
     return True
 
 
-def processes(words: bytes, environment: bytes = b"") -> list[int]:
-    """Processes whose command line holds some words, and whose environment holds others."""
+def processes(titles: Sequence[bytes], environment: bytes = b"") -> list[int]:
+    """Processes whose command line holds one of some words, and whose environment holds others."""
     found = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
             pid = int(folder.name)
-            if words in (folder / "cmdline").read_bytes() and environment in (folder / "environ").read_bytes():
+            command = (folder / "cmdline").read_bytes()
+            if any(words in command for words in titles) and environment in (folder / "environ").read_bytes():
                 found.append(pid)
     return found
 
@@ -101,8 +102,8 @@ def processes(words: bytes, environment: bytes = b"") -> list[int]:
 class Killer:
     """Kills a random process of a kind, again and again, with -9: each time after the run has come further."""
 
-    def __init__(self, words: bytes, run_dir: Path | str, kills: int, seed: int, environment: bytes = b"") -> None:
-        self.words, self.run_dir, self.kills, self.environment = words, str(run_dir), kills, environment
+    def __init__(self, titles: Sequence[bytes], run_dir: Path | str, kills: int, seed: int, environment: bytes = b"") -> None:
+        self.titles, self.run_dir, self.kills, self.environment = titles, str(run_dir), kills, environment
         self.random = random.Random(seed)
         self.killed: list[int] = []
         self._done = threading.Event()
@@ -125,7 +126,7 @@ class Killer:
                 time.sleep(0.05)
                 continue
             self._done.wait(self.random.uniform(0, 1.0))
-            candidates = processes(self.words, self.environment)
+            candidates = processes(self.titles, self.environment)
             if candidates:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.random.choice(sorted(candidates)), signal.SIGKILL)

@@ -29,11 +29,11 @@ def without_ray() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
 
 
-def start(command: list[str], marker: str) -> subprocess.Popen:
+def start(command: list[str], marker: str, more: dict[str, str] | None = None) -> subprocess.Popen:
     """A driver in a process group of its own, whose workers carry a marker in their environment."""
     return subprocess.Popen(
         [sys.executable, "-m", "pipelines.cli", *command],
-        env=without_ray() | {"JEPA_TEST_MARKER": marker},
+        env=without_ray() | {"JEPA_TEST_MARKER": marker} | (more or {}),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -52,16 +52,55 @@ def undisturbed(catalog_uri, reporter, tmp_path_factory) -> Path:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["worker", pytest.param("decode", marks=slow)])
 def test_kill_9_of_random_processes_changes_no_bit(undisturbed, catalog_uri, tmp_path, kind):
-    words = {"worker": b"RayTrainWorker", "decode": b"decode_unit"}[kind]
+    # Between two short tasks, a process that decodes is idle.
+    titles = {"worker": [b"RayTrainWorker"], "decode": [b"(_decode)", b"ray::IDLE"]}[kind]
     run_dir, marker = tmp_path / "run", secrets.token_hex(8)
     driver = start(arguments(catalog_uri, run_dir, f"train.steps={STEPS}", *TWO, "train.max_failures=5"), marker)
-    with Killer(words, run_dir, KILLS, seed=7, environment=marker.encode()) as killer:
+    with Killer(titles, run_dir, KILLS, seed=7, environment=marker.encode()) as killer:
         _, errors = driver.communicate(timeout=1700)
     assert driver.returncode == 0, errors
-    assert killer.killed, "nothing was killed"
-    if kind == "worker":
-        assert len(killer.killed) == KILLS
+    assert len(killer.killed) == KILLS
     assert_same(run_dir, undisturbed)
+
+
+NODES = """
+import sys
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, object_store_memory=100 << 20))
+nodes = [cluster.add_node(num_cpus=2, object_store_memory=100 << 20) for _ in range(2)]
+cluster.wait_for_nodes()
+print(cluster.address, flush=True)
+for _ in sys.stdin:
+    cluster.remove_node(nodes.pop(0), allow_graceful=False)
+    nodes.append(cluster.add_node(num_cpus=2, object_store_memory=100 << 20))
+    print("another", flush=True)
+"""
+
+
+@slow
+@pytest.mark.timeout(900)
+def test_nodes_that_vanish_with_workers_and_data_change_no_bit(undisturbed, catalog_uri, tmp_path):
+    """Each of two nodes with a worker, its decode tasks and its units goes at once, and another one comes."""
+    cluster = subprocess.Popen([sys.executable, "-c", NODES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        address, run_dir = cluster.stdout.readline().strip(), tmp_path / "run"
+        driver = start([*arguments(catalog_uri, run_dir, f"train.steps={STEPS}", *TWO), f"ray.address={address}"], "nodes",
+                       {key: os.environ[key] for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")})  # fmt: skip
+        for number in range(2):
+            while (found := run_folder.latest_checkpoint(str(run_dir))) is None or found.step < STEPS // 3 * (number + 1):
+                assert driver.poll() is None, driver.stderr.read()
+                time.sleep(0.05)
+            cluster.stdin.write("next\n")
+            cluster.stdin.flush()
+            assert cluster.stdout.readline() == "another\n"
+        _, errors = driver.communicate(timeout=700)
+        assert driver.returncode == 0, errors
+        assert_same(run_dir, undisturbed)
+    finally:
+        cluster.stdin.close()
+        cluster.terminate()
+        cluster.wait()
 
 
 @slow
@@ -239,9 +278,9 @@ def test_workers_that_die_again_and_again_at_one_step_end_the_run(catalog_uri, r
 def test_the_killer_kills():
     victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "chaos-victim"])
     try:
-        assert victim.pid in processes(b"chaos-victim")
+        assert victim.pid in processes([b"chaos-victim"])
         os.kill(victim.pid, signal.SIGKILL)
         assert victim.wait() == -signal.SIGKILL
-        assert victim.pid not in processes(b"chaos-victim")
+        assert victim.pid not in processes([b"chaos-victim"])
     finally:
         victim.kill()
