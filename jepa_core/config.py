@@ -157,6 +157,40 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """When training is told to learn nothing, and what then: see jepa_core.guard. Shares are of the run's first lines of metrics.
+
+    The numbers that these thresholds were chosen by are in docs/training.md.
+    """
+
+    action: Literal["warn", "stop", "rollback", "off"] = "warn"
+    """warn: say so once per onset. stop: end the run, exit code 3. rollback: return to the last checkpoint before the onset and
+    go on with a lower learning rate."""
+    warmup: int = 3
+    """First complete lines of metrics, whose mean is what later ones are compared with."""
+    patience: int = 3
+    """Lines in a row that must show a signature."""
+    full_std: float = 0.3
+    """Full collapse: target_std at most this share, ..."""
+    full_std_floor: float = 0.05
+    """... or this value, ..."""
+    full_loss: float = 0.8
+    """... and the loss at most this share."""
+    dimensional_rank: float = 0.3
+    """Dimensional collapse: rank_me and rank_me_clip at most this share, while target_std is above full_std."""
+    shortcut_rank: float = 0.5
+    """Shortcut: rank_me_clip at most this share, ..."""
+    shortcut_position: float = 0.5
+    """... or position_mean / trivial at most this share, ..."""
+    shortcut_loss: float = 0.95
+    """... and the loss at most this much of the mean predictor's."""
+    rollback_lr_scale: float = 0.5
+    """What the learning rate is multiplied with at every rollback, for the rest of the run."""
+    max_rollbacks: int = 2
+    """Of a run; the next alarm stops it."""
+
+
+@dataclass(frozen=True)
 class ClipConfig:
     """What one training sample is: `num_frames` at `fps`, cropped to `crop_size` pixels square, maybe flipped."""
 

@@ -1,4 +1,4 @@
-"""Losses and health numbers of training.
+"""Losses of training; health.py has the numbers beside them.
 
 Legend: B batch, N tokens, K context tokens, M target tokens, D width, L levels, T steps, P patch tokens of a step.
 """
@@ -58,11 +58,6 @@ def context_distance_weight(context_ids: Tensor, target_ids: Tensor, grid: Grid,
     return (distance.amin(dim=-1) / max(1, grid.h // 16)).rsqrt()
 
 
-def mean_predictor_l1(target: Tensor) -> Tensor:
-    """L1 of the trivial predictor that answers the batch's mean token [D] everywhere: a loss below it shows skill."""
-    return (target - target.mean(dim=(0, 1), keepdim=True)).abs().mean()
-
-
 RolloutVariant = Literal["fixed", "released"]
 
 
@@ -90,21 +85,3 @@ def action_losses(
         following = predict(rolled, actions[:, : step + 1], states[:, : step + 1])[:, -1:]
         rolled = torch.cat([rolled, following], dim=1)
     return latent_l1(forced, z[:, 1:]), latent_l1(rolled[:, 1:], z[:, 1 : rollout_steps + 1])
-
-
-@torch.no_grad()
-def feature_std(features: Tensor) -> float:
-    """Mean over channels of the standard deviation over all tokens of [..., D]; near zero means full collapse."""
-    return features.float().flatten(0, -2).std(dim=0).mean().item()
-
-
-@torch.no_grad()
-def rank_me(features: Tensor) -> float:
-    """Effective rank of centred features [R, D]: exp of the entropy of the singular values (RankMe, arXiv 2210.02885).
-
-    Falls towards 1 when the features keep few directions, which the standard deviation does not see.
-    """
-    features = features.float()
-    singular = torch.linalg.svdvals(features - features.mean(dim=0))
-    share = singular / singular.sum().clamp_min(1e-12)
-    return torch.exp(-(share * (share + 1e-12).log()).sum()).item()

@@ -1,6 +1,7 @@
 """Masked latent prediction: encoder, target encoder and predictor with the loss as forward, for the whole family.
 
-Legend: B batch, N tokens, P values of a tubelet, K context tokens, G targets of a sample (1 but in I-JEPA), M tokens of a target.
+Legend: B batch, N tokens, D width, L levels, P values of a tubelet, K context tokens, G targets of a sample (1 but in I-JEPA),
+M tokens of a target.
 """
 
 import copy
@@ -12,13 +13,19 @@ from torch import Tensor, nn
 
 from jepa_core.config import PretrainModelConfig
 from jepa_core.encoder import VisionTransformer, gather_tokens
-from jepa_core.objective import context_distance_weight, latent_loss, mean_predictor_l1, normalize_targets
+from jepa_core.health import (
+    CLIPS,
+    FEATURES,
+    HEALTH_TOKENS,
+    SAMPLE_LOSS,
+    mean_cosine,
+    mean_predictor_l1,
+    position_mean_l1,
+    sample_l1,
+)
+from jepa_core.objective import context_distance_weight, latent_loss, normalize_targets
 from jepa_core.positions import Grid
 from jepa_core.predictor import MaskedPredictor
-
-FEATURES = "features"
-HEALTH_TOKENS = 512
-"""Tokens that rank and standard deviation are taken over."""
 
 
 class MaskIds(NamedTuple):
@@ -32,6 +39,38 @@ class MaskIds(NamedTuple):
     """bool [B, K]; None when every entry is real."""
     target_valid: Tensor | None = None
     """bool [G, B, M]"""
+
+
+class _Part(NamedTuple):
+    """What became of one mask type; R is G*B."""
+
+    loss: Tensor
+    prediction: Tensor
+    """[R, M, L*D]"""
+    hidden: Tensor
+    """[R, M, L*D], what it had to be"""
+    ids: Tensor
+    """int64 [R, M]"""
+    valid: Tensor | None
+    """bool [R, M]"""
+    context: Tensor
+    """[B, K, D], what the encoder made of the visible tokens"""
+
+    @torch.no_grad()
+    def health(self, groups: int, context_valid: Tensor | None, by_position: Tensor | None) -> dict[str, Tensor]:
+        """Scalars, and SAMPLE_LOSS [B]. `by_position` float32 [B, N] is the L1 of the mean target at each position."""
+        real = self.hidden if self.valid is None else self.hidden[self.valid].unsqueeze(0)
+        context = normalize_targets(self.context)
+        context = context.flatten(0, 1) if context_valid is None else context[context_valid]
+        numbers = {
+            SAMPLE_LOSS: sample_l1(self.prediction, self.hidden, groups, self.valid),
+            "trivial": mean_predictor_l1(real),
+            "context_std": context.std(dim=0).mean(),
+        }
+        if by_position is not None:
+            there = by_position.repeat(groups, 1).gather(1, self.ids)
+            numbers["position_mean"] = there.mean() if self.valid is None else there[self.valid].mean()
+        return numbers
 
 
 class Pretraining(nn.Module):
@@ -61,35 +100,51 @@ class Pretraining(nn.Module):
         self.target_encoder.load_state_dict(self.encoder.state_dict())
 
     def forward(
-        self, clip: Tensor, grid: Grid, masks: Sequence[MaskIds], context_weight: float = 0.0, clip_group: int = 0
+        self,
+        clip: Tensor,
+        grid: Grid,
+        masks: Sequence[MaskIds],
+        context_weight: float = 0.0,
+        clip_group: int = 0,
+        measure: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Tubelets [B, N, P] of a grid and one MaskIds per mask type -> (loss, numbers to log).
 
         `context_weight` is the present weight of the loss on visible tokens. `clip_group` counts the clip lengths of a mixed
-        batch and chooses the mask token where predictor.mask_token_by is "clip".
+        batch and chooses the mask token where predictor.mask_token_by is "clip". `measure` adds the numbers of jepa_core.health,
+        for steps that are logged; they change nothing about the loss.
         """
         with torch.no_grad():
             features = self.target_encoder(clip, grid, levels=self.levels)
             target = normalize_targets(features, max(1, len(self.levels)))
         image = clip.shape[-1] == self.config.encoder.patch_size**2 * 3
-        losses, trivial = [], []
-        numbers: dict[str, Any] = {}
+        tokens = features[..., -self.config.encoder.dim :]
+        numbers: dict[str, Any] = {CLIPS: tokens.float().mean(dim=1)}
+        losses, measured = [], []
+        by_position = position_mean_l1(target) if measure else None
         for index, mask in enumerate(masks):
             token = index if self.config.predictor.mask_token_by == "mask" else clip_group  # noqa: S105
-            loss, hidden = self._mask_loss(clip, grid, mask, target, token, image, context_weight)
-            losses.append(loss)
-            trivial.append(mean_predictor_l1(hidden))
+            part = self._mask_loss(clip, grid, mask, target, token, image, context_weight)
+            losses.append(part.loss)
+            if measure:
+                measured.append(part.health(len(mask.target), mask.context_valid, by_position))
             numbers[f"context_ratio_{index}"] = _mean_length(mask.context, mask.context_valid) / grid.num_tokens
             numbers[f"target_ratio_{index}"] = _mean_length(mask.target, mask.target_valid) / grid.num_tokens
-        tokens = features[..., -self.config.encoder.dim :].flatten(0, 1)
-        numbers |= {"trivial": torch.stack(trivial).mean(), FEATURES: tokens[:: max(1, len(tokens) // HEALTH_TOKENS)]}
+        if measure:
+            numbers |= {key: torch.stack([each[key] for each in measured]).mean(dim=0) for key in measured[0]}
+            error = numbers[SAMPLE_LOSS].mean()
+            for key in numbers.keys() & {"trivial", "position_mean"}:
+                numbers[f"loss_over_{key.removesuffix('_mean')}"] = error / numbers[key]
+            chosen = slice(None, None, max(1, len(tokens) * grid.num_tokens // HEALTH_TOKENS))
+            targets = target[..., -self.config.encoder.dim :].flatten(0, 1)
+            numbers |= {"target_std": targets.std(dim=0).mean(), "target_cosine": mean_cosine(targets[chosen])}
+            numbers[FEATURES] = tokens.flatten(0, 1)[chosen]
         return torch.stack(losses).mean(), numbers
 
     def _mask_loss(
         self, clip: Tensor, grid: Grid, mask: MaskIds, target: Tensor, token: int, image: bool, context_weight: float
-    ) -> tuple[Tensor, Tensor]:
-        """(loss, hidden targets [R, M, D] without padding) of one mask type."""
-        context = self.encoder(clip, grid, mask.context, mask.context_valid, self.levels)
+    ) -> "_Part":
+        seen_by_encoder = context = self.encoder(clip, grid, mask.context, mask.context_valid, self.levels)
         groups = len(mask.target)
         context_ids, context_valid = mask.context, mask.context_valid
         target_ids = mask.target.flatten(0, 1)
@@ -112,7 +167,8 @@ class Pretraining(nn.Module):
             visible = gather_tokens(target, context_ids)
             # Multiplied even by 0, so that DDP finds a gradient for the context projection in every step.
             loss = loss + context_weight * latent_loss(seen, visible, self.config.loss.kind, context_valid, weight)
-        return loss, hidden if target_valid is None else hidden[target_valid].unsqueeze(0)
+        own = seen_by_encoder[..., -self.config.encoder.dim :]
+        return _Part(loss, prediction.detach(), hidden, target_ids, target_valid, own.detach())
 
 
 def _mean_length(ids: Tensor, valid: Tensor | None) -> float | Tensor:

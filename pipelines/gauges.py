@@ -17,12 +17,28 @@ GAUGES = {
     "goodput": ("goodput", "Share of the time since the run was first started that went into steps that count, 0 to 1."),
     "mfu": ("mfu", "Model FLOPs utilisation, 0 to 1."),
     "workers": ("workers", "Train workers."),
+    "loss_over_trivial": ("loss_over_trivial", "Loss / that of the mean predictor: learning is below 1."),
+    "loss_over_position": ("loss_over_position", "Loss / that of the mean at each position: learning is below 1."),
+    "target_std": ("target_std", "Spread of the normalised targets, 0 to 1; 0 is full collapse."),
+    "context_std": ("context_std", "Spread of the encoder's normalised tokens, 0 to 1."),
+    "target_cosine": ("target_cosine", "Mean cosine between targets; 1 is full collapse."),
+    "rank_me": ("rank_me", "Effective rank of the target encoder's tokens."),
+    "rank_me_clip": ("rank_me_clip", "Effective rank of the mean tokens of the last clips."),
+    "participation": ("participation", "Participation ratio of the tokens."),
+    "participation_clip": ("participation_clip", "Participation ratio of the mean tokens of the last clips."),
+    "grad_norm": ("grad_norm", "Norm of all gradients, before clipping."),
+    "grad_norm_encoder": ("grad_norm_encoder", "Norm of the encoder's gradients."),
+    "grad_norm_predictor": ("grad_norm_predictor", "Norm of the predictor's gradients."),
     "committed_step": ("committed_step", "Step of the newest committed checkpoint."),
 }
 """Key of a line of metrics -> (name, description)."""
+OF_DATASET = "loss/"
+"""What the keys of one dataset's loss begin with."""
+DATASET_LOSS = ("dataset_loss", "Loss of the last logged step's samples of a dataset.")
 AGE = ("checkpoint_age_s", "Seconds since a checkpoint was last committed, or since the workers started.")
 COUNTERS = {
     "checkpoint_failures": ("Checkpoints that could not be written.", ()),
+    "guard_alarms": ("Onsets of collapse that the guard has told.", ("signature",)),
     "restarts": ("Starts of the workers after their first.", ()),
     "clips_failed": ("Clips that could not be decoded, each replaced by another.", ("reason", "dataset")),
 }
@@ -56,6 +72,9 @@ def publish(line: Mapping[str, Any]) -> None:
     for key, (name, description) in GAUGES.items():
         if key in line:
             _gauge(name, description).set(float(line[key]), {"run": _now.run})
+    for key, value in line.items():
+        if key.startswith(OF_DATASET):
+            _gauge(*DATASET_LOSS, labels=("dataset",)).set(float(value), {"run": _now.run, "dataset": key[len(OF_DATASET) :]})
     committed, failures = line.get("committed_step", 0), line.get("checkpoint_failures", 0)
     if committed != _now.committed:
         _now.committed, _now.since = committed, time.monotonic()
@@ -78,11 +97,11 @@ def count(name: str, number: int = 1, **labels: str) -> None:
     _metrics[name].inc(number, {"run": _now.run, **labels})
 
 
-def _gauge(name: str, description: str) -> Any:
+def _gauge(name: str, description: str, labels: tuple[str, ...] = ()) -> Any:
     from ray.util.metrics import Gauge
 
     if name not in _metrics:
-        _metrics[name] = Gauge(PREFIX + name, description, ("run",))
+        _metrics[name] = Gauge(PREFIX + name, description, ("run", *labels))
     return _metrics[name]
 
 

@@ -48,7 +48,7 @@ class PretrainTask:
         unused = encoder.image_tokenizer or (predictor.num_mask_tokens or masks) > used
         self.leaves_unused = unused and len(groups) == 1
 
-    def tensors(self, unit: "Unit") -> tuple[Tensor, Grid, list[MaskIds], float, int]:
+    def tensors(self, unit: "Unit") -> tuple[Tensor, Grid, list[MaskIds], float, int, bool]:
         """Clips and masks on the device. Masks come from the sample numbers: nothing about them travels."""
         from pipelines.clips import TUBELETS
 
@@ -59,7 +59,8 @@ class PretrainTask:
         ]
         masks = [MaskIds(*(None if ids is None else torch.from_numpy(ids).to(self.device) for ids in mask)) for mask in drawn]
         clips = torch.from_numpy(unit.array(TUBELETS, np.uint8, (len(unit.samples), grid.num_tokens, values))).to(self.device)
-        return clips, grid, masks, context_weight(unit.step, model.loss), unit.group
+        measure = self.config.train.logs(unit.step + 1)
+        return clips, grid, masks, context_weight(unit.step, model.loss), unit.group, measure
 
     def after_step(self, step: int) -> None:
         """EMA of the target encoder."""
@@ -191,4 +192,6 @@ def _fit(config: PretrainConfig, reporter: Reporter) -> None:
         "catalogs": {name: {"catalog": source.catalog, "digest": data.digests[name]} for name, source in config.sources.items()}
     }
     loop = Loop(partial(PretrainTask, config, data.groups), config.train, config.optim, config.run.dir, config.seed, told)
+    if len(config.sources) > 1:
+        loop = replace(loop, datasets=tuple(config.sources))
     train.fit(loop, dataset, "pretrain", reporter, config)

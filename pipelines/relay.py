@@ -44,6 +44,10 @@ class Sink:
         """The run cannot go on, however often its workers are started again."""
         self._refused = self._refused or why
 
+    def rolled_back(self) -> None:
+        """The workers did not die at the step at which they start next."""
+        self._first = -1
+
     def started(self, step: int, max_failures: int) -> tuple[dict[str, str], int]:
         """The workers start at a step. Returns {} when they may go on, or how the run ends ("refused" or "failed": a sentence);
         and how often they were started before.

@@ -55,7 +55,7 @@ FREE_TO_CHANGE = (
         "train.checkpoint_every",
     ),
     *("train.min_workers", "train.mttf_hours", "train.keep_checkpoints", "train.log_every", "train.max_failures"),
-    *("train.peak_tflops", "train.trackers"),
+    *("train.peak_tflops", "train.trackers", "train.guard"),
     *("seeds", "concurrency", "cpus_per_trial", "gpus_per_trial"),
 )
 """Options that a resumed run may change without becoming another run."""
@@ -93,12 +93,17 @@ def newest_sound_checkpoint(run_dir: str) -> Checkpoint | None:
         damage = _damage(found)
         if damage is None:
             return found
-        storage.write_bytes(storage.join(found.uri, DAMAGED), json.dumps({"reason": damage, "found": time.time()}).encode())
+        set_aside(found, damage)
     return None
 
 
+def set_aside(checkpoint: Checkpoint, reason: str) -> None:
+    """Mark a checkpoint so that no reader takes it any more."""
+    storage.write_bytes(storage.join(checkpoint.uri, DAMAGED), json.dumps({"reason": reason, "found": time.time()}).encode())
+
+
 def damaged_checkpoints(run_dir: str) -> dict[str, str]:
-    """{folder: reason} of checkpoints that were found damaged."""
+    """{folder: reason} of checkpoints that were found damaged, or that the guard has set aside."""
     folder = storage.join(storage.normalize(run_dir), CHECKPOINTS)
     marks = storage.list_files(folder, (DAMAGED.lower(),), missing_ok=True)
     return {mark.uri.rpartition("/")[0]: json.loads(storage.read_bytes(mark.uri))["reason"] for mark in marks}
@@ -170,9 +175,15 @@ def commit(uri: str, record: dict[str, Any]) -> None:
     storage.write_bytes(storage.join(uri, COMMIT), json.dumps(record, indent=1).encode())
 
 
-def prune_checkpoints(run_dir: str, keep: int) -> None:
-    """Delete committed checkpoints beyond the newest `keep`, and what older attempts left torn or damaged."""
-    kept = checkpoints(run_dir)[:keep]
+def prune_checkpoints(run_dir: str, keep: int, sound: int | None = None) -> None:
+    """Delete committed checkpoints beyond the newest `keep`, and what older attempts left torn or damaged.
+
+    The newest one up to step `sound` stays too: the run may have to return there.
+    """
+    found = checkpoints(run_dir)
+    kept = found[:keep]
+    if sound is not None and all(checkpoint.step > sound for checkpoint in kept):
+        kept += [checkpoint for checkpoint in found[keep:] if checkpoint.step <= sound][:1]
     if not kept:
         return
     folder = storage.join(storage.normalize(run_dir), CHECKPOINTS)

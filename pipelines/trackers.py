@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pipelines import run_folder, storage
-from pipelines.config import TRACKERS
 from pipelines.errors import Retryable, UsageError
+from pipelines.train_config import TRACKERS
 
 Line = Mapping[str, Any]
 Status = Literal["finished", "stopped", "failed"]

@@ -59,7 +59,9 @@ def fit(loop: Loop, make_dataset: MakeDataset, stage: str, reporter: Reporter, c
     status = "failed"
     try:
         with relay, _stopping(relay.sink):
-            ending = _trained(loop, make_dataset)
+            while "rolled_back" in (ending := _trained(loop, make_dataset)):
+                reporter.event("warning", message=ending["rolled_back"])
+                ray.get(relay.sink.rolled_back.remote())
         status = "stopped" if "stopped" in ending else "failed" if ending.keys() & {"refused", "failed"} else "finished"
     finally:
         trackers.finish(status)

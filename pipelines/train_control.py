@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from pipelines import gauges, run_folder
+from pipelines import gauges, run_folder, train_guard
 from pipelines.relay import WARNING
 from pipelines.run_folder import Checkpoint
 
@@ -50,6 +50,8 @@ class Decision:
     """By rank: see StepResult."""
     waits: list[float] = field(default_factory=list)
     """Seconds without data, by rank."""
+    dataset_losses: dict[str, float] = field(default_factory=dict)
+    """Mean over the step's samples of each dataset, where they are measured: in logged steps of runs that mix several."""
 
     @property
     def broken(self) -> list[int]:
@@ -74,6 +76,8 @@ class Control:
         self._saved_for_preemption = False
         self._stop_asked = threading.Event()
         self._closed = threading.Event()
+        self.lr_scale = 1.0
+        """What rollbacks have left of the learning rate."""
         if rank == 0 and loop.sink is not None:
             threading.Thread(target=self._watch, daemon=True).start()
 
@@ -83,31 +87,44 @@ class Control:
 
     def start(self) -> tuple[Checkpoint | None, dict[str, str]]:
         """The newest sound checkpoint, and {} to go on from it or why the run ends here: it was refused, or starts again and
-        again at one step. Rank 0 looks, all workers are told the same.
+        again at one step. Rank 0 looks, all workers are told the same. `lr_scale` is set too.
         """
-        told: list[Any] = [None, {}]
+        told: list[Any] = [None, {}, 1.0]
         gauges.begin(self.loop.run_dir)
         if self.rank == 0:
+            scale = train_guard.apply(self.loop.run_dir, self.loop.optim)
             found = run_folder.newest_sound_checkpoint(self.loop.run_dir)
-            told = [found, {}]
+            told = [found, {}, scale]
             if self.loop.sink is not None:
                 for folder, reason in run_folder.damaged_checkpoints(self.loop.run_dir).items():
-                    self.loop.sink.push.remote({WARNING: f"{folder} is damaged and passed over: {reason}"})
+                    self.loop.sink.push.remote({WARNING: f"{folder} is passed over: {reason}"})
                 step = found.step if found else 0
                 told[1], restarts = ray.get(self.loop.sink.started.remote(step, self.loop.train.max_failures))
                 if restarts:
                     gauges.count("restarts")
         if self.group is not None:
             dist.broadcast_object_list(told, src=0, group=self.group)
+        self.lr_scale = told[2]
         return told[0], told[1]
+
+    def share(self, value: Any) -> Any:
+        """What rank 0 has, on all workers."""
+        told = [value]
+        if self.group is not None:
+            dist.broadcast_object_list(told, src=0, group=self.group)
+        return told[0]
 
     def agree(self, result: "StepResult", saver: "Saver", step: int, *, last: bool) -> Decision:
         """All workers call this after the gradients of a step, before anything is done with them."""
         parts = self.loop.train.microbatches
-        vector = torch.zeros(_FLAGS + parts + 2 * self.world, dtype=torch.float64)
+        names = self.loop.datasets
+        vector = torch.zeros(_FLAGS + parts + 2 * self.world + 2 * len(names), dtype=torch.float64)
         for part, loss in result.losses.items():
             vector[_FLAGS + part] = loss.double().cpu()
-        times = vector[_FLAGS + parts :].view(2, self.world)
+        times = vector[_FLAGS + parts :][: 2 * self.world].view(2, self.world)
+        by_dataset = vector[_FLAGS + parts + 2 * self.world :].view(2, -1)
+        if result.by_dataset is not None:
+            by_dataset += result.by_dataset.cpu()
         times[:, self.rank] = torch.tensor([result.forward_s, result.waited], dtype=torch.float64)
         if self.rank == 0:
             vector[_STOP] = self._stop_asked.is_set()
@@ -123,6 +140,7 @@ class Control:
             reason="asked to stop (SIGTERM)" if vector[_STOP] else "",
             forward_s=times[0].tolist(),
             waits=times[1].tolist(),
+            dataset_losses={n: (s / c).item() for n, s, c in zip(names, *by_dataset, strict=True) if c},
         )
         if vector[_ASK]:
             self._asked = time.monotonic()

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from jepa_core.flops import peak_tflops
-from jepa_core.objective import feature_std, rank_me
-from jepa_core.pretraining import FEATURES
-from pipelines import gauges, run_folder
+from jepa_core.guard import Alarm, Guard
+from jepa_core.health import FEATURES, RecentClips, effective_ranks, feature_std
+from pipelines import gauges, run_folder, train_guard
+from pipelines.relay import WARNING
 
 if TYPE_CHECKING:
     from pipelines.train_control import Decision
@@ -51,6 +52,8 @@ class TrainLog:
         if not self.peak and device.type == "cuda" and loop.train.precision == "bf16":  # what data sheets tell
             self.peak = peak_tflops(torch.cuda.get_device_name(device)) or 0.0
         self.run_started = (run_folder.read_json(loop.run_dir, run_folder.PROVENANCE) or {}).get("first_started", time.time())
+        self.recent = RecentClips()
+        self.guard = Guard(loop.train.guard, progress.guard)
         self._begin_interval()
 
     def _begin_interval(self) -> None:
@@ -60,8 +63,8 @@ class TrainLog:
 
     def step(
         self, progress: "Progress", result: "StepResult", decision: "Decision", numbers: dict[str, Any], saver: "Saver"
-    ) -> None:
-        """Note a finished step; `progress` already counts it."""
+    ) -> Alarm | None:
+        """Note a finished step; `progress` already counts it. Returns what the guard says of it, on rank 0."""
         for unit in result.units:
             self._add(run_folder.LEDGER, {"step": progress.step, "unit": unit.number, "digest": unit.digest})
             for failure in unit.failures:
@@ -71,15 +74,33 @@ class TrainLog:
         self.flops += result.flops
         self.waits = [a + b for a, b in zip(self.waits, decision.waits, strict=True)]
         self.forwards = [a + b for a, b in zip(self.forwards, decision.forward_s, strict=True)]
-        if progress.step % self.loop.train.log_every and progress.step != self.loop.train.steps:
-            return
+        if self.rank == 0:
+            for clips in result.clips:
+                self.recent.add(clips)
+        if not self.loop.train.logs(progress.step):
+            return None
+        alarm = None
         if self.rank == 0:
             line = self._line(progress, decision, numbers, saver)
+            alarm = self._judged(line, result.units[-1].group)
             self._add(run_folder.METRICS, line)
             gauges.publish(line)
             if self.loop.sink is not None:
                 self.loop.sink.push.remote(line)
         self._begin_interval()
+        return alarm
+
+    def _judged(self, line: dict[str, Any], group: int) -> Alarm | None:
+        """What the guard says of a line, which gets it as `guard`; a new alarm is told, where the run goes on with it."""
+        action = self.loop.train.guard.action
+        alarm = self.guard.see(line, group) if action != "off" else None
+        if alarm is not None:
+            line["guard"] = f"{alarm.signature} since step {alarm.since}"
+        if alarm is not None and alarm.first:
+            gauges.count("guard_alarms", signature=alarm.signature)
+            if action == "warn" and self.loop.sink is not None:
+                self.loop.sink.push.remote({WARNING: train_guard.warning(self.loop.run_dir, alarm)})
+        return alarm
 
     def close_part(self, done: int) -> None:
         """The checkpoint of a step is about to be written: its part of the history ends here, and the next one begins."""
@@ -99,7 +120,10 @@ class TrainLog:
         train, seconds = self.loop.train, time.monotonic() - self.since
         features = numbers.pop(FEATURES, None)
         if features is not None:  # a decomposition: only for steps that are logged
-            numbers |= {"feature_std": feature_std(features), "rank_me": rank_me(features)}
+            rank, directions = effective_ranks(features)
+            numbers |= {"feature_std": feature_std(features), "rank_me": rank, "participation": directions}
+            clips = self.recent.ranks()
+            numbers |= {"rank_me_clip": clips[0], "participation_clip": clips[1]} if clips else {}
         values = {key: value.item() if isinstance(value, Tensor) else value for key, value in numbers.items()}
         typical = statistics.median(self.forwards)
         slowest = max(range(self.world), key=self.forwards.__getitem__)
@@ -108,6 +132,7 @@ class TrainLog:
             "time": time.time(),
             "loss": statistics.fmean(decision.losses),
             **values,
+            **{f"loss/{name}": loss for name, loss in decision.dataset_losses.items()},
             "clips_per_s": self.steps * train.batch_size / seconds,
             "data_wait": min(1.0, statistics.fmean(self.waits) / seconds),
             "step_s": seconds / self.steps,

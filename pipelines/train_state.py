@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from jepa_core.guard import sound_step
 from pipelines import run_folder, storage
 from pipelines.errors import JepaError, Retryable
 from pipelines.run_folder import Checkpoint
@@ -51,6 +52,8 @@ class Progress:
     """Seconds of computing that this history of steps took."""
     save_s: float = 0.0
     """What the last checkpoint took, from the copy to its COMMIT."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What the guard knows of the run so far (jepa_core.guard); rank 0's counts."""
 
 
 class TrainState:
@@ -172,7 +175,7 @@ class Saver:
                 merged = {name: entry for part in told for name, entry in part.items()}
                 record = {"step": step, **self.facts, "progress": {**progress, "save_s": seconds}, "files": merged}
                 run_folder.commit(uri, record)
-                run_folder.prune_checkpoints(self.run_dir, self.keep)
+                run_folder.prune_checkpoints(self.run_dir, self.keep, sound_step(progress["guard"]))
             self.committed, self.failures, self.error, self.seconds = step, 0, None, time.monotonic() - began
         except Exception as error:  # noqa: BLE001, whatever it was, training must not die of it
             self.failures += 1

@@ -24,9 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jepa_core.canonical import CanonicalGradients
 from jepa_core.config import OptimConfig
+from jepa_core.guard import Alarm
+from jepa_core.health import CLIPS, SAMPLE_LOSS
 from jepa_core.optimization import autocast, compile_blocks, make_optimizer, set_rates, shard
 from jepa_core.schedules import learning_rate, weight_decay
-from pipelines import run_folder
+from pipelines import run_folder, train_guard
 from pipelines.config import TrainConfig
 from pipelines.errors import JepaError, Retryable, unwrapped
 from pipelines.run_folder import Checkpoint
@@ -82,6 +84,8 @@ class Loop:
     facts: dict[str, Any] = field(default_factory=dict)
     """What every COMMIT tells about the run: catalogs, configuration, code."""
     sink: Any = None
+    datasets: tuple[str, ...] = ()
+    """Names of the datasets that samples come from, in the order of Unit.datasets, where losses are told for each."""
 
 
 @dataclass
@@ -98,6 +102,10 @@ class StepResult:
     """Seconds without data."""
     forward_s: float
     """Seconds until the loss was known: what this worker takes when it waits for no other."""
+    clips: list[Tensor] = field(default_factory=list)
+    """Mean tokens of the clips of each microbatch [B, D]."""
+    by_dataset: Tensor | None = None
+    """float64 [2, datasets]: sum of the samples' losses, and their number; None where they are not measured."""
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -165,16 +173,19 @@ class _Worker:
             result = self._forward_backward(progress.step, units)
             last = progress.step + 1 == steps
             decision = self.control.agree(result, self.saver, progress.step, last=last)
+            parts = self._gradient_norms() if self.loop.train.logs(progress.step + 1) else {}
             norm = self._gradient_norm()
             refusal = self._refusal(decision, norm, progress.step)
             if refusal:
                 self.saver.finish()
                 return {"step": progress.step, "refused": refusal}
-            numbers = {"grad_norm": norm, "lr": self._update(progress.step)}
+            numbers = {"grad_norm": norm, **parts, "lr": self._update(progress.step)}
             progress.step += 1
             progress.useful_s += max(0.0, time.monotonic() - began - result.waited)
             numbers |= result.numbers
-            self.log.step(progress, result, decision, numbers, self.saver)
+            alarm = self.log.step(progress, result, decision, numbers, self.saver)
+            if ending := self._guarded(alarm):
+                return ending
             if decision.save or decision.stop or last:
                 self._save(wait=decision.stop or decision.urgent or last)
         self.saver.finish()
@@ -214,6 +225,14 @@ class _Worker:
         result.flops += self.task.flops(unit, numbers)
         result.waited += waited
         result.units.append(unit)
+        if CLIPS in numbers:
+            result.clips.append(numbers.pop(CLIPS))
+        samples = numbers.pop(SAMPLE_LOSS, None)
+        if samples is not None and self.loop.datasets:
+            told = torch.stack([samples.double(), torch.ones_like(samples, dtype=torch.float64)]).cpu()
+            empty = torch.zeros(2, len(self.loop.datasets), dtype=torch.float64)
+            each = empty.index_add(1, torch.tensor(unit.datasets, dtype=torch.int64), told)
+            result.by_dataset = each if result.by_dataset is None else result.by_dataset + each
         result.numbers = numbers
 
     @contextlib.contextmanager
@@ -234,6 +253,29 @@ class _Worker:
         norm = nn.utils.clip_grad_norm_([p for p in self.task.module.parameters() if p.grad is not None], limit)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
+    def _gradient_norms(self) -> dict[str, float]:
+        """Of each network's gradients, where there are several; the same on all workers."""
+        found = {}
+        for name, network in self.task.module.named_children():
+            gradients = [p.grad for p in network.parameters() if p.grad is not None]
+            if gradients:
+                norm = nn.utils.get_total_norm(gradients)
+                found[f"grad_norm_{name}"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return found if len(found) > 1 else {}
+
+    def _guarded(self, alarm: Alarm | None) -> dict[str, Any]:
+        """How the run ends at an alarm of rank 0's guard, {} where it goes on; all workers do the same."""
+        step, train = self.state.progress.step, self.loop.train
+        if train.guard.action not in ("stop", "rollback") or not train.logs(step):
+            return {}
+        alarm = self.control.share(alarm)
+        if alarm is None:
+            return {}
+        self.saver.finish()  # the checkpoint in the making may be the one to return to
+        self.log.close_part(step)
+        self.log.write_parts()  # what led to the alarm can be read until the run goes on
+        return train_guard.ending(self.loop, alarm, step) if self.rank == 0 else {"step": step}
+
     def _refusal(self, decision: Decision, norm: float, step: int) -> str:
         """Why training must not go on with these gradients; the same sentence on all workers."""
         if not decision.broken and math.isfinite(norm):
@@ -250,7 +292,7 @@ class _Worker:
     def _update(self, step: int) -> float:
         """One optimizer step and what follows it. Returns the learning rate."""
         train, optim, optimizer = self.loop.train, self.loop.optim, self.state.optimizer
-        rate = learning_rate(step, train.steps, optim)
+        rate = learning_rate(step, train.steps, optim) * self.control.lr_scale
         set_rates(optimizer, rate, weight_decay(step, train.steps, optim))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

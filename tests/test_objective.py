@@ -7,15 +7,13 @@ import torch
 from torch import nn
 
 from jepa_core.config import LossConfig, OptimConfig, PlannerConfig
+from jepa_core.health import feature_std, mean_predictor_l1, rank_me
 from jepa_core.objective import (
     action_losses,
     context_distance_weight,
-    feature_std,
     latent_l1,
     latent_loss,
-    mean_predictor_l1,
     normalize_targets,
-    rank_me,
 )
 from jepa_core.optimization import autocast, ema_update, make_optimizer, set_rates
 from jepa_core.planner import plan, rollout

@@ -15,8 +15,8 @@ from s3_faults import FaultyS3
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from pipelines import gauges, run_folder, storage, trackers
-from pipelines.config import TRACKERS
 from pipelines.errors import UsageError
+from pipelines.train_config import TRACKERS
 
 CONFIG = {"seed": 3, "train": {"steps": 100, "trackers": ["tensorboard"]}}
 

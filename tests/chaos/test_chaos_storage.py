@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(undisturbed, catalog_uri, 
     # A finished run returns without looking; it is the resumption that must not trust what it finds.
     result = jepa(*_command(config, run_dir, "train.steps=10"))
     assert result.returncode == 0, result.stderr
-    assert "is damaged and passed over" in result.stdout
+    assert "is passed over" in result.stdout
     assert path.name in result.stdout
     assert trace(run_dir, ("step",))[-1] == ["10"]
     assert ledger(run_dir)[: len(ledger(undisturbed))] == ledger(undisturbed)
