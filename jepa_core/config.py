@@ -180,10 +180,10 @@ class GuardConfig:
     """Dimensional collapse: rank_me and rank_me_clip at most this share, while target_std is above full_std."""
     shortcut_rank: float = 0.5
     """Shortcut: rank_me_clip at most this share, ..."""
-    shortcut_position: float = 0.5
-    """... or position_mean / trivial at most this share, ..."""
     shortcut_loss: float = 0.95
-    """... and the loss at most this much of the mean predictor's."""
+    """... and loss_over_trivial at most this value; ..."""
+    shortcut_position: float = 0.5
+    """... or position_mean / trivial at most this share."""
     rollback_lr_scale: float = 0.5
     """What the learning rate is multiplied with at every rollback, for the rest of the run."""
     max_rollbacks: int = 2

@@ -2,8 +2,8 @@
 
     full_collapse         all targets become one vector: their standard deviation goes to 0, and the loss with it
     dimensional_collapse  the standard deviation stays, but tokens and clips use a few directions only
-    shortcut              the loss beats the mean predictor, tokens still differ, but clips differ in a few directions only (the
-                          encoder tells backgrounds apart, not what happens), or position alone tells most of the targets
+    shortcut              the loss beats the mean predictor, tokens still differ, but clips differ in few directions (the encoder
+                          tells backgrounds apart, not what happens); or their position alone tells most of the targets
 
 All but one threshold are shares of what the same run had at its start: healthy values differ by model and data. docs/training.md
 has the numbers behind them. Ranks are RankMe: the participation ratio of healthy clips is near 2 already, as one direction
@@ -97,7 +97,7 @@ class Guard:
         return {
             FULL: full,
             DIMENSIONAL: not flat and low,
-            SHORTCUT: not flat and not low and skilled and (alike or position),
+            SHORTCUT: not flat and not low and (position or (skilled and alike)),
         }
 
 

@@ -134,7 +134,7 @@ class Pretraining(nn.Module):
             numbers |= {key: torch.stack([each[key] for each in measured]).mean(dim=0) for key in measured[0]}
             error = numbers[SAMPLE_LOSS].mean()
             for key in numbers.keys() & {"trivial", "position_mean"}:
-                numbers[f"loss_over_{key.removesuffix('_mean')}"] = error / numbers[key]
+                numbers[f"loss_over_{key.removesuffix('_mean')}"] = error / numbers[key].clamp_min(1e-6)
             chosen = slice(None, None, max(1, len(tokens) * grid.num_tokens // HEALTH_TOKENS))
             targets = target[..., -self.config.encoder.dim :].flatten(0, 1)
             numbers |= {"target_std": targets.std(dim=0).mean(), "target_cosine": mean_cosine(targets[chosen])}
