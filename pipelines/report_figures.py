@@ -32,7 +32,7 @@ WIDTH = 4.8
 """Inches. Text of 9 points is then 14 pixels in a laptop's column and 9 on a phone."""
 SMOOTH_FROM = 80
 """Curves with at least so many points get a running mean over the raw line."""
-FROM_ZERO = ("lr", "clips_per_s", "feature_std", "rank_me")
+FROM_ZERO = ("lr", "clips_per_s", "feature_std", "rank_me", "participation")
 """Metrics whose distance from zero is what matters."""
 TARGET_TINT = np.array([86, 104, 134], dtype=np.float32)
 DROPPED_TINT = np.array([217, 208, 190], dtype=np.float32)

@@ -28,6 +28,18 @@ SPEED = (
     [Series("clips_per_s", "clips per second", BLUE)],
     [Series("data_wait", "share of time waiting for data", ORANGE)],
 )
+SKILL = ([Series("loss_over_trivial", "over the mean"), Series("loss_over_position", "over the mean at each position", ORANGE)],)
+SKILL_CAPTION = "The loss relative to those of two predictors that know nothing about the clip: they answer the mean of all "\
+    "targets, or the mean at each position. Below 1 something about the clip is known."  # fmt: skip
+HEALTH = (
+    [Series("feature_std", "feature std", GREEN), Series("target_std", "targets"), Series("context_std", "context", ORANGE)],
+    [Series("rank_me", "RankMe of tokens", PURPLE), Series("rank_me_clip", "of clips", ORANGE)],
+    [Series("participation", "participation ratio of tokens", PURPLE), Series("participation_clip", "of clips", ORANGE)],
+    [Series("target_cosine", "mean cosine between targets", BLUE)],
+)
+HEALTH_CAPTION = "Spread and effective rank of the target encoder's features, over tokens and over clips. One of them falling "\
+    "towards zero, or the cosine rising towards one, means that the features collapse, however well the loss looks."  # fmt: skip
+GRADIENTS = ([Series("grad_norm_encoder", "encoder"), Series("grad_norm_predictor", "predictor", ORANGE)],)
 SCHEDULE = ([Series("lr", "learning rate", MUTED)], [Series("grad_norm", "gradient norm before clipping", PURPLE)])
 SPEED_CAPTION = "Throughput, and the share of each interval in which the training waited for data. Waiting above a few per "\
     "cent after the start means that decoding is the bottleneck."  # fmt: skip
@@ -95,9 +107,12 @@ def _pretrain_curves(section: Section, rows: list[Row]) -> None:
     loss = [Series("loss", "loss"), Series("trivial", "mean predictor", ORANGE)]
     _curves(group, rows, [loss], "L1 error of the predicted features, beside the error of always predicting their "
                    "mean. Below the second line something is learned; both at zero together is collapse.")  # fmt: skip
-    health = [[Series("feature_std", "feature std", GREEN)], [Series("rank_me", "RankMe (effective rank)", PURPLE)]]
-    _curves(group, rows, health, "Spread and effective rank of the target encoder's features. Either one falling "
-                   "towards zero means that the features collapse, however well the loss looks.")  # fmt: skip
+    _curves(group, rows, SKILL, SKILL_CAPTION)
+    _curves(group, rows, HEALTH, HEALTH_CAPTION)
+    _curves(group, rows, GRADIENTS, "Norms of the gradients before clipping.")
+    section.notes += [f"The guard: {told}." for told in dict.fromkeys(row["guard"] for row in rows if row.get("guard"))]
+    for note in run_folder.read_json(section.run_dir, run_folder.ROLLBACKS) or []:
+        section.notes.append(f"The guard took the run from step {note['at']} back to {note['to']}: {note['signature']}.")
     _curves(group, rows, SPEED, SPEED_CAPTION)
     _curves(group, rows, SCHEDULE, SCHEDULE_CAPTION)
     section.groups.append(group)

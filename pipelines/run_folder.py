@@ -6,6 +6,7 @@
     quarantine/       JSON lines: samples whose video failed to decode, the reason, and what replaced it
     ledger/           JSON lines: a digest of the samples of every unit of every step
     checkpoints/      step_*/{state/, *.safetensors, COMMIT}; a step counts only when its COMMIT stands
+    rollbacks.json    where the guard took the run back (train_guard.py)
     ray/              Ray Train's own notes
 
 A run that resumes deletes the parts beyond its checkpoint and writes them again, so they never hold a step twice.
@@ -41,6 +42,7 @@ COMMIT, DAMAGED = "COMMIT", "DAMAGED"
 LEDGER = "ledger"
 DIGEST_BYTES = 1 << 22
 RESULT = "result.json"
+ROLLBACKS = "rollbacks.json"
 FREE_TO_CHANGE = (
     *(
         "run",

@@ -54,6 +54,7 @@ def show(run_dir: str, reporter: Reporter) -> dict[str, Any]:
         "first_started": None if begun is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(begun)),
         "config_hash": record.get("config_hash"),
         "code_version": record.get("code_version"),
+        **({"rollbacks": len(rollbacks)} if (rollbacks := run_folder.read_json(run_dir, run_folder.ROLLBACKS)) else {}),
         **({"damaged": sorted(uri.rpartition("/")[2] for uri in damaged)} if damaged else {}),
     }
 

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 from jepa_core.config import OptimConfig
 from jepa_core.guard import Alarm
 from pipelines import run_folder
-from pipelines.run_folder import Checkpoint
+from pipelines.run_folder import ROLLBACKS, Checkpoint
 
 if TYPE_CHECKING:
     from pipelines.train_worker import Loop
-
-ROLLBACKS = "rollbacks.json"
 
 
 def warning(run_dir: str, alarm: Alarm) -> str:
