@@ -69,6 +69,15 @@ def test_weights_are_quotas_and_units_have_one_length(catalogs, alone):
     assert len(losses(alone)) == 8
 
 
+def test_every_dataset_has_its_loss(alone):
+    lines = run_folder.read_parts(str(alone), run_folder.METRICS)
+    told = [{key: value for key, value in line.items() if key.startswith("loss/")} for line in lines]
+    assert set().union(*told) == {"loss/videos", "loss/others", "loss/images"}
+    for line, each in zip(lines, told, strict=True):
+        assert min(each.values()) * 0.9999 <= line["loss"] <= max(each.values()) * 1.0001
+    assert any(len(each) > 1 for each in told)
+
+
 def test_a_run_names_one_catalog_or_several_datasets(catalogs, tmp_path):
     with pytest.raises(UsageError, match=r"catalog"):
         settings(catalogs, tmp_path, "catalog=x").check()

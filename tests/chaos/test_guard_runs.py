@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.train
 from harness import faulty, ledger, once, settings, trace
 
 from pipelines import pretrain, run_folder
@@ -17,10 +18,11 @@ OPTIONS = ("train.steps=32", "train.batch_size=16", "train.checkpoint_every=4", 
 
 
 def fading(marker: Path | None) -> Any:
-    """The target encoder's weights are halved after every step from HARM_AT on; with a marker, in the first task only."""
+    """The target encoder's weights fade after every step from HARM_AT on; with a marker, in the first task of a rank only."""
 
     def fault(task: Any) -> None:
-        if marker is not None and not once(marker):
+        rank = ray.train.get_context().get_world_rank()
+        if marker is not None and not once(marker.with_name(f"{marker.name}-{rank}")):
             return
         original = task.after_step
 
@@ -50,11 +52,12 @@ def test_a_run_that_collapses_stops_and_says_where_it_was_sound(catalog_uri, rep
     assert {"rank_me_clip", "target_std", "grad_norm_encoder", "grad_norm_predictor", "loss_over_position"} <= lines[-1].keys()
 
 
-def test_a_run_that_collapses_goes_back_and_on(catalog_uri, reporter, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_collapses_goes_back_and_on(catalog_uri, reporter, tmp_path, monkeypatch, workers):
     run_dir = tmp_path / "run"
     with faulty(monkeypatch, fading(tmp_path / "harmed")):
         end = pretrain.run(
-            settings(catalog_uri, run_dir, *OPTIONS, "train.num_workers=0", "train.guard.action=rollback"), reporter
+            settings(catalog_uri, run_dir, *OPTIONS, f"train.num_workers={workers}", "train.guard.action=rollback"), reporter
         )
     assert end["step"] == 32
     (note,) = json.loads((run_dir / "rollbacks.json").read_text())
@@ -68,7 +71,7 @@ def test_a_run_that_collapses_goes_back_and_on(catalog_uri, reporter, tmp_path, 
         scale = 0.5 if line["step"] > note["to"] else 1.0
         assert line["lr"] == pytest.approx(scale * rate(line["step"]))
     straight = tmp_path / "straight"
-    pretrain.run(settings(catalog_uri, straight, *OPTIONS, f"train.steps={note['to']}", "train.num_workers=0"), reporter)
+    pretrain.run(settings(catalog_uri, straight, *OPTIONS, f"train.steps={note['to']}", f"train.num_workers={workers}"), reporter)
     keys = ("step", "loss", "feature_std")
     assert trace(run_dir, keys)[: note["to"] - 1] == trace(straight, keys)[:-1], "up to there nothing was changed"
 
