@@ -237,6 +237,19 @@ def test_hostile_trial_names_stay_text_inside_plots(tmp_path: Path) -> None:
     assert "&lt;script" in page
 
 
+def test_health_and_what_the_guard_did_are_told(tmp_path: Path) -> None:
+    run = pretrain_run(tmp_path / "sick", str(tmp_path / "no-catalog@3"))
+    (part,) = (run / "metrics").iterdir()
+    rows = [json.loads(line) for line in part.read_text().splitlines()]
+    sick = {"loss_over_trivial": 0.7, "rank_me_clip": 3.0, "grad_norm_encoder": 1.5, "guard": "shortcut since step 12"}
+    part.write_text("".join(json.dumps(row | (sick if row["step"] >= 12 else {})) + "\n" for row in rows))
+    (run / "rollbacks.json").write_text(json.dumps([{"at": 30, "to": 10, "signature": "full_collapse"}]))
+    page = page_of(run)
+    assert page.count("The guard: shortcut since step 12.") == 1
+    assert "The guard took the run from step 30 back to 10: full_collapse." in page
+    assert page.count('<svg class="plot"') == 4 + 2
+
+
 def test_unfinished_runs_say_so(tmp_path: Path) -> None:
     started = pretrain_run(tmp_path / "half", str(tmp_path / "no-catalog@3"), steps=50)
     page = text_of(page_of(started))

@@ -215,19 +215,21 @@ with ray_session.session(RayConfig(num_cpus=1, object_store_mb=128)):
             from pipelines import gauges
             gauges.begin("/runs/a")
             line = {"step": 10, "loss": 0.5, "clips_per_s": 31.0, "data_wait": 0.25, "goodput": 0.75, "workers": 2,
-                    "committed_step": 8, "checkpoint_failures": 2}
+                    "committed_step": 8, "checkpoint_failures": 2, "rank_me_clip": 20.5, "loss/k400": 0.625,
+                    "guard": "shortcut since step 3"}
             gauges.publish(line)
             gauges.publish(line | {"step": 20, "checkpoint_failures": 1})
             gauges.publish(line | {"step": 30, "checkpoint_failures": 3, "committed_step": 24})
             gauges.count("clips_failed", reason="truncated", dataset="k400")
             gauges.count("clips_failed", 2, reason="truncated", dataset="k400")
             gauges.count("restarts")
+            gauges.count("guard_alarms", signature="shortcut")
 
     worker = Worker.remote()
     ray.get(worker.work.remote())
     port = ray.nodes()[0]["MetricsExportPort"]
     seen, deadline = {}, time.monotonic() + 60
-    while time.monotonic() < deadline and len(seen) < 11:
+    while time.monotonic() < deadline and len(seen) < 14:
         time.sleep(0.3)
         try:
             text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
@@ -252,11 +254,11 @@ def test_ray_serves_gauges_and_counters_on_the_nodes_metrics_port():
     assert 0 <= seen.pop("checkpoint_age_s") < 60
     assert seen == {
         "step": 30, "loss": 0.5, "samples_per_s": 31, "data_wait": 0.25, "goodput": 0.75, "workers": 2, "committed_step": 24,
-        "checkpoint_failures_total": 5, "restarts_total": 1, 'clips_failed_total reason="truncated" dataset="k400"': 3,
+        "rank_me_clip": 20.5, 'dataset_loss dataset="k400"': 0.625, "guard_alarms_total": 1, "checkpoint_failures_total": 5, "restarts_total": 1, 'clips_failed_total reason="truncated" dataset="k400"': 3,
     }  # fmt: skip
 
 
 def test_gauges_need_no_ray():
     code = "from pipelines import gauges; gauges.begin('/r'); gauges.publish({'step': 1}); gauges.count('restarts'); print(1)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "1\n"
-    assert set(gauges.COUNTERS) == {"checkpoint_failures", "restarts", "clips_failed"}
+    assert set(gauges.COUNTERS) == {"checkpoint_failures", "restarts", "clips_failed", "guard_alarms"}
