@@ -254,7 +254,8 @@ def test_ray_serves_gauges_and_counters_on_the_nodes_metrics_port():
     assert 0 <= seen.pop("checkpoint_age_s") < 60
     assert seen == {
         "step": 30, "loss": 0.5, "samples_per_s": 31, "data_wait": 0.25, "goodput": 0.75, "workers": 2, "committed_step": 24,
-        "rank_me_clip": 20.5, 'dataset_loss dataset="k400"': 0.625, "guard_alarms_total": 1, "checkpoint_failures_total": 5, "restarts_total": 1, 'clips_failed_total reason="truncated" dataset="k400"': 3,
+        "rank_me_clip": 20.5, 'dataset_loss dataset="k400"': 0.625, "guard_alarms_total": 1,
+        "checkpoint_failures_total": 5, "restarts_total": 1, 'clips_failed_total reason="truncated" dataset="k400"': 3,
     }  # fmt: skip
 
 
