@@ -122,6 +122,7 @@ def test_kill_9_of_the_driver_and_the_same_command_again(undisturbed, catalog_ur
     assert_same(run_dir, undisturbed)
 
 
+@slow
 def test_sigterm_saves_and_says_that_the_same_command_continues(undisturbed, catalog_uri, reporter, tmp_path):
     """What Kubernetes sends before it kills: the run ends at a step that is saved, with the exit code that means try again."""
     run_dir = tmp_path / "run"
@@ -199,6 +200,7 @@ def test_canonical_runs_have_the_same_bits_on_any_number_of_workers(catalog_uri,
         assert trace(run_dir, ("step", "loss", "grad_norm", "lr")) == trace(runs[0], ("step", "loss", "grad_norm", "lr"))
 
 
+@slow
 def test_a_loss_that_is_not_a_number_ends_the_run_and_poisons_nothing(catalog_uri, reporter, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
 
@@ -231,17 +233,18 @@ def test_a_rank_that_is_ten_times_slower_is_named(undisturbed, catalog_uri, repo
             tensors = task.tensors
 
             def delayed(unit):
-                time.sleep(0.3)
+                time.sleep(2.0)  # far above what a step takes on a busy machine
                 return tensors(unit)
 
             task.tensors = delayed
 
     run_dir = tmp_path / "run"
     with faulty(monkeypatch, slow_rank_1):
-        pretrain.run(settings(catalog_uri, run_dir, "train.steps=6", *TWO), reporter)
+        _run_until(settings(catalog_uri, run_dir, f"train.steps={STEPS}", *TWO), 6, reporter)
     lines = run_folder.read_parts(str(run_dir), run_folder.METRICS)
     assert all(line["slowest_rank"] == 1 and line["skew"] > 1.5 for line in lines[1:])
-    assert trace(run_dir, ("step", "loss", "grad_norm")) == trace(undisturbed, ("step", "loss", "grad_norm"))[:6]
+    numbers = trace(run_dir, ("step", "loss", "grad_norm"))
+    assert numbers == trace(undisturbed, ("step", "loss", "grad_norm"))[: len(numbers)]
 
 
 @slow
