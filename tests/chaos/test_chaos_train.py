@@ -282,8 +282,10 @@ def test_workers_that_die_again_and_again_at_one_step_end_the_run(catalog_uri, r
 
 
 def test_the_killer_kills():
-    victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "chaos-victim"])
+    code = "import time; print(flush=True); time.sleep(60)"
+    victim = subprocess.Popen([sys.executable, "-c", code, "chaos-victim"], stdout=subprocess.PIPE)
     try:
+        victim.stdout.readline()  # just after its start, its command line is not yet there to be read
         assert victim.pid in processes([b"chaos-victim"])
         os.kill(victim.pid, signal.SIGKILL)
         assert victim.wait() == -signal.SIGKILL
