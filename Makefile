@@ -9,9 +9,10 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED) system
 	$(BIN)/jepa demo dir=runs/demo
 
-# Three random kills of ingestion (`pytest -m ingest` alone makes fifty), and no chaos: that has a command of its own.
+# Three random kills of ingestion (`pytest -m ingest` alone makes fifty), and a sample of what `make chaos` does. Two files at a time:
+# most tests wait for clusters to start.
 test: $(INSTALLED) system
-	JEPA_TEST_KILLS=$${JEPA_TEST_KILLS:-3} $(BIN)/python -m pytest -m "not chaos" --ignore tests/test_bench_data.py
+	JEPA_TEST_KILLS=$${JEPA_TEST_KILLS:-3} $(BIN)/python -m pytest --ignore tests/test_bench_data.py -n 2 --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -193,14 +193,15 @@ class _Worker:
 
     def _forward_backward(self, step: int, units: Iterator[tuple[Unit, float]]) -> StepResult:
         """Gradients of this worker's microbatches of a step, summed over the step's and over the workers'."""
-        mine = [u for u in range(step * self.parts, (step + 1) * self.parts) if self._owner(u) == self.rank]
+        mine = [u for u in range(step * self.parts, (step + 1) * self.parts) if self.span.owner(u, self.world) == self.rank]
         result = StepResult({}, [], {}, 0.0, 0.0, 0.0)
         for slot in range(-(-self.parts // self.world)):
             if slot < len(mine):
                 self._microbatch(step, mine[slot], slot + 1 == len(mine), units, result)
             if self.canonical:
                 begin = step * self.parts + slot * self.world
-                self.canonical.add([self._owner(u) for u in range(begin, min(begin + self.world, (step + 1) * self.parts))])
+                slots = range(begin, min(begin + self.world, (step + 1) * self.parts))
+                self.canonical.add([self.span.owner(u, self.world) for u in slots])
         if self.canonical:
             self.canonical.finish(self.parts)
         return result
@@ -243,9 +244,6 @@ class _Worker:
                 module.set_requires_gradient_sync(last, recurse=False)
         with self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and not last else contextlib.nullcontext():
             yield
-
-    def _owner(self, unit: int) -> int:
-        return self.span.owner(unit, self.world)
 
     def _gradient_norm(self) -> float:
         """Of all gradients together, before they are cut to optim.clip_grad; the same on all workers."""

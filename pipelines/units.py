@@ -151,13 +151,18 @@ class Span(NamedTuple):
         """Units of a segment."""
         return (self.segment_steps or max(SEGMENT_STEPS, -(-SEGMENT_UNITS // self.microbatches))) * self.microbatches
 
+    @property
+    def longest(self) -> int:
+        """Units of the longest segment, the first."""
+        return min(self.segment, (self.steps - self.first_step) * self.microbatches)
+
     def owner(self, unit: int, workers: int) -> int:
         """Rank that Ray Data hands a unit to: round robin from the first one of a segment."""
         return (unit - self.first_step * self.microbatches) % self.segment % workers
 
     def pieces(self) -> list[pa.Table]:
         """What a segment is planned from: see `numbers`."""
-        size = max(1, min(self.segment, (self.steps - self.first_step) * self.microbatches))
+        size = max(1, self.longest)
         return [pa.table({_FIRST: [first], _STOP: [min(first + CHUNK, size)]}) for first in range(0, size, CHUNK)]
 
     def numbers(self, piece: pa.Table, segment: int, fillers: int) -> Iterator[tuple[int, int]]:
@@ -202,13 +207,12 @@ def dataset(recipe: Recipe, span: Span, fillers: int, data: DataConfig) -> ray.d
         fn_args=(recipe, span, fillers),
     )
     tasks = _tasks(recipe.unit_bytes, data)
-    most = min(span.segment, (span.steps - span.first_step) * span.microbatches) + fillers
     return rows.map_batches(
         _decode,
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=max(1, min(tasks, most))) if tasks else None,
+        compute=ray.data.TaskPoolStrategy(size=max(1, min(tasks, span.longest + fillers))) if tasks else None,
         label_selector=_where(data),
         fn_args=(recipe,),
     )

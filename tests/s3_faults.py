@@ -211,7 +211,7 @@ def impatient(server: FaultyS3, monkeypatch: Any) -> FaultyS3:
     """The server emptied and without faults, and clients of this process that use it and lose patience quickly."""
     from pipelines import storage_s3
 
-    for name, value in (("READ_TIMEOUT_S", 0.3), ("FIRST_WAIT_S", 0.01), ("DEADLINE_S", 20.0)):
+    for name, value in (("READ_TIMEOUT_S", 0.3), ("FIRST_WAIT_S", 0.01), ("LONGEST_WAIT_S", 0.2), ("DEADLINE_S", 20.0)):
         monkeypatch.setattr(storage_s3, name, value)
     for name, value in server.env().items():
         monkeypatch.setenv(name, value)

@@ -116,9 +116,9 @@ def consume(shard, pause, out):
         time.sleep(pause)
 
 
-def dataset(span, fillers, size=100, planner=plan, decoder=decode, config=None, **arguments):
+def dataset(span, fillers, size=100, planner=plan, decoder=decode, **arguments):
     recipe = units.Recipe(planner, decoder, {"size": size, **arguments}, ("data",), size)
-    return units.dataset(recipe, span, fillers, config or DataConfig())
+    return units.dataset(recipe, span, fillers, DataConfig())
 
 
 @pytest.mark.ray

@@ -28,16 +28,12 @@ def undisturbed(catalog_uri, reporter, tmp_path_factory) -> Path:
     return run_dir
 
 
-def boundaries() -> list[int]:
-    """Writes of one worker's checkpoints that the kill comes before; some in `make test`."""
-    return list(range(1, 24)) if ALL else [8]
-
-
+@slow
 @pytest.mark.timeout(1800)
 def test_a_kill_between_any_two_writes_leaves_the_checkpoint_before_or_the_new_one(
     undisturbed, catalog_uri, reporter, tmp_path, monkeypatch
 ):
-    for number in boundaries():
+    for number in range(1, 24):
         run_dir, marker = tmp_path / f"run-{number}", tmp_path / f"killed-{number}"
 
         def kill_before_a_write(task, number=number, marker=marker) -> None:

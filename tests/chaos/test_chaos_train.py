@@ -1,5 +1,5 @@
 """Training under kill -9, preemption, SIGTERM, NaN, slow ranks: the same weights by the same losses from the same samples, or a
-clear end. `make test` runs each with few kills, `make chaos` (JEPA_CHAOS=all) with all of them.
+clear end. `make chaos` (JEPA_CHAOS=all) runs all of them; `make test` a sample, with one kill.
 """
 
 import os
@@ -52,7 +52,7 @@ def undisturbed(catalog_uri, reporter, tmp_path_factory) -> Path:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["worker", pytest.param("decode", marks=slow)])
 def test_kill_9_of_random_processes_changes_no_bit(undisturbed, catalog_uri, tmp_path, kind):
-    # Between two short tasks, a process that decodes is idle.
+    # Between two short tasks, a process that decodes is idle; so may others be that have not decoded yet.
     titles = {"worker": [b"RayTrainWorker"], "decode": [b"(_decode)", b"ray::IDLE"]}[kind]
     run_dir, marker = tmp_path / "run", secrets.token_hex(8)
     driver = start(arguments(catalog_uri, run_dir, f"train.steps={STEPS}", *TWO, "train.max_failures=5"), marker)
@@ -81,21 +81,24 @@ for _ in sys.stdin:
 @slow
 @pytest.mark.timeout(900)
 def test_nodes_that_vanish_with_workers_and_data_change_no_bit(undisturbed, catalog_uri, tmp_path):
-    """Each of two nodes with a worker, its decode tasks and its units goes at once, and another one comes."""
+    """Both nodes that workers, decode tasks and units are on go, one after the other, at once; each time another one comes."""
     cluster = subprocess.Popen([sys.executable, "-c", NODES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        address, run_dir = cluster.stdout.readline().strip(), tmp_path / "run"
+        address, run_dir, attempts = cluster.stdout.readline().strip(), tmp_path / "run", set()
         driver = start([*arguments(catalog_uri, run_dir, f"train.steps={STEPS}", *TWO), f"ray.address={address}"], "nodes",
                        {key: os.environ[key] for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")})  # fmt: skip
         for number in range(2):
             while (found := run_folder.latest_checkpoint(str(run_dir))) is None or found.step < STEPS // 3 * (number + 1):
                 assert driver.poll() is None, driver.stderr.read()
                 time.sleep(0.05)
+            attempts.add(found.uri.rpartition("-")[2])
             cluster.stdin.write("next\n")
             cluster.stdin.flush()
             assert cluster.stdout.readline() == "another\n"
         _, errors = driver.communicate(timeout=700)
         assert driver.returncode == 0, errors
+        attempts.add(run_folder.latest_checkpoint(str(run_dir)).uri.rpartition("-")[2])
+        assert len(attempts) > 1, "no worker was on the nodes that went"
         assert_same(run_dir, undisturbed)
     finally:
         cluster.stdin.close()
@@ -122,6 +125,7 @@ def test_kill_9_of_the_driver_and_the_same_command_again(undisturbed, catalog_ur
     assert_same(run_dir, undisturbed)
 
 
+@slow
 def test_sigterm_saves_and_says_that_the_same_command_continues(undisturbed, catalog_uri, reporter, tmp_path):
     """What Kubernetes sends before it kills: the run ends at a step that is saved, with the exit code that means try again."""
     run_dir = tmp_path / "run"
@@ -199,6 +203,7 @@ def test_canonical_runs_have_the_same_bits_on_any_number_of_workers(catalog_uri,
         assert trace(run_dir, ("step", "loss", "grad_norm", "lr")) == trace(runs[0], ("step", "loss", "grad_norm", "lr"))
 
 
+@slow
 def test_a_loss_that_is_not_a_number_ends_the_run_and_poisons_nothing(catalog_uri, reporter, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
 
@@ -231,17 +236,18 @@ def test_a_rank_that_is_ten_times_slower_is_named(undisturbed, catalog_uri, repo
             tensors = task.tensors
 
             def delayed(unit):
-                time.sleep(0.3)
+                time.sleep(2.0)  # far above what a step takes on a busy machine
                 return tensors(unit)
 
             task.tensors = delayed
 
     run_dir = tmp_path / "run"
     with faulty(monkeypatch, slow_rank_1):
-        pretrain.run(settings(catalog_uri, run_dir, "train.steps=6", *TWO), reporter)
+        _run_until(settings(catalog_uri, run_dir, f"train.steps={STEPS}", *TWO), 6, reporter)
     lines = run_folder.read_parts(str(run_dir), run_folder.METRICS)
     assert all(line["slowest_rank"] == 1 and line["skew"] > 1.5 for line in lines[1:])
-    assert trace(run_dir, ("step", "loss", "grad_norm")) == trace(undisturbed, ("step", "loss", "grad_norm"))[:6]
+    numbers = trace(run_dir, ("step", "loss", "grad_norm"))
+    assert numbers == trace(undisturbed, ("step", "loss", "grad_norm"))[: len(numbers)]
 
 
 @slow
@@ -276,8 +282,10 @@ def test_workers_that_die_again_and_again_at_one_step_end_the_run(catalog_uri, r
 
 
 def test_the_killer_kills():
-    victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "chaos-victim"])
+    code = "import time; print(flush=True); time.sleep(60)"
+    victim = subprocess.Popen([sys.executable, "-c", code, "chaos-victim"], stdout=subprocess.PIPE)
     try:
+        victim.stdout.readline()  # just after its start, its command line is not yet there to be read
         assert victim.pid in processes([b"chaos-victim"])
         os.kill(victim.pid, signal.SIGKILL)
         assert victim.wait() == -signal.SIGKILL
