@@ -114,14 +114,15 @@ class AttentiveHeads(Heads):
         heads = self.config.heads
         q = self._linear(query, attention + "q.", which).unflatten(-1, (heads, 1, -1))[:, 0]  # [P, H, 1, d]
         k, v = self._stack(attention + "kv.weight", which).unflatten(1, (2, heads, -1)).unbind(1)  # [P, H, d, D]
-        v_bias = self._stack(attention + "kv.bias", which).chunk(2, dim=1)[1]
-        gain = self._stack(norm + "weight", which)[:, None]  # [P, 1, D]
-        asked = (q @ k)[:, :, 0] * gain * q.shape[-1] ** -0.5  # [P, H, D]
+        v_bias = self._stack(attention + "kv.bias", which).unflatten(1, (2, heads, 1, -1))[:, 1]  # [P, H, 1, d]
+        # Weights of attention sum to 1, so the norm's gain and shift may act on what is asked and gathered, not on every token.
+        gain, shift = (self._stack(norm + part, which)[:, None, None] for part in ("weight", "bias"))  # [P, 1, 1, D]
+        asked = q @ k * gain * q.shape[-1] ** -0.5  # [P, H, 1, D]
         x = F.layer_norm(x, x.shape[-1:], eps=self.config.norm_eps)
-        weights = torch.matmul(asked.flatten(0, 1), x.transpose(1, 2)).softmax(-1)  # [B, P*H, N]
+        weights = torch.bmm(asked.flatten(0, 2).expand(len(x), -1, -1), x.transpose(1, 2)).softmax(-1)  # [B, P*H, N]
         pooled = (weights @ x).unflatten(1, (-1, heads)).permute(1, 2, 0, 3)  # [P, H, B, D]
-        pooled = pooled * gain[:, None] + self._stack(norm + "bias", which)[:, None, None]
-        return (pooled @ v.transpose(2, 3)).transpose(1, 2).flatten(2) + v_bias[:, None]
+        values = pooled @ (v * gain).transpose(2, 3) + (v_bias + shift @ v.transpose(2, 3))  # [P, H, B, d]
+        return values.transpose(1, 2).flatten(2)
 
     def _norm(self, x: Tensor, name: str, which: Sequence[int]) -> Tensor:
         return torch.addcmul(self._stack(name + "bias", which)[:, None], x, self._stack(name + "weight", which)[:, None])
