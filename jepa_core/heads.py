@@ -72,9 +72,9 @@ class AttentiveHeads(Heads):
     A probe of depth 1, cross-attention alone, asks every clip the same question, so its products can be ordered anew. The score
     of a token is q . (W_k x + b) = (W_k^T q) . x + a constant that the softmax drops, and the weighted sum of values is W_v times
     the weighted sum of tokens. Normalised tokens are then shared by all heads, and a head costs 2*H products a token and channel
-    instead of 2*D: with 16 clips of 1568 x 384 in a batch, 20 heads take the time of one module. Deeper probes, like the published
-    ones of depth 4, have self-attention over all tokens, which is each head's own: those go through one after the other, so memory
-    is that of one head, and time that of P. Measured by tests/bench/bench_heads.py.
+    instead of 2*D: with 16 clips of 1568 x 384 in a batch, 20 heads take the time of one module. Deeper probes, like the
+    published ones of depth 4, have self-attention over all tokens, which is each head's own: those go through one after the
+    other, so memory is that of one head, and time that of P. Measured by tests/bench/bench_heads.py.
     """
 
     row_axes = 2
