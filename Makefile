@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check chaos soak bench-core bench-data bench-ingest bench-scale fuzz system clean
+.PHONY: demo test check chaos soak bench-core bench-heads bench-data bench-ingest bench-scale fuzz system clean
 
 demo: $(INSTALLED) system
 	$(BIN)/jepa demo dir=runs/demo
@@ -22,6 +22,10 @@ check: $(INSTALLED)
 # One pretraining step against transformers' layers, and against a reference checkout: make bench-core ARGS="--reference PATH"
 bench-core: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_core.py $(ARGS)
+
+# What 20 heads of an attentive probe cost beside one, by size of the tokens and depth: make bench-heads ARGS="vit_small 4"
+bench-heads: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_heads.py $(or $(ARGS),tiny 1)
 
 # CPU time of a training clip against decord and torchcodec, requests, and what feeding a trainer costs. Takes half an hour;
 # make bench-data ARGS="--clips FOLDER --minutes 30". torchcodec and the floor need FFmpeg: apt-get install ffmpeg

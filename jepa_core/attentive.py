@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from jepa_core.blocks import WEIGHT_STD, check_heads, init_weights, make_blocks, run_blocks
-from jepa_core.config import ProbeConfig
+from jepa_core.config import AttentiveConfig
 
 
 class CrossAttention(nn.Module):
@@ -48,7 +48,7 @@ class CrossAttentionBlock(nn.Module):
 class AttentivePooler(nn.Module):
     """Learned queries gather what they need from the tokens of a clip."""
 
-    def __init__(self, config: ProbeConfig, dim: int) -> None:
+    def __init__(self, config: AttentiveConfig, dim: int) -> None:
         super().__init__()
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_queries, dim))
         self.cross_attention_block = CrossAttentionBlock(dim, config.heads, config.mlp_ratio, config.norm_eps)
@@ -71,7 +71,7 @@ class AttentivePooler(nn.Module):
 class AttentiveClassifier(nn.Module):
     """Attentive pooling and a linear head."""
 
-    def __init__(self, config: ProbeConfig, dim: int) -> None:
+    def __init__(self, config: AttentiveConfig, dim: int) -> None:
         super().__init__()
         self.pooler = AttentivePooler(config, dim)
         self.linear = nn.Linear(dim, config.num_classes)

@@ -220,7 +220,7 @@ class PlannerConfig:
 
 
 @dataclass(frozen=True)
-class ProbeConfig:
+class AttentiveConfig:
     """The attentive probe of the published evaluations: self-attention blocks, one cross-attention block, a linear head."""
 
     depth: int = 4
@@ -232,6 +232,32 @@ class ProbeConfig:
     mlp_ratio: float = 4.0
     norm_eps: float = 1e-5
     """1e-5 in the reference, 1e-6 in `transformers`."""
+
+
+@dataclass(frozen=True)
+class HeadGrid:
+    """Heads of a frozen probe trained at once: one for each pair of learning rate and weight decay.
+
+    The defaults are the 20 heads of the published SSv2, K400 and COIN probes (V-JEPA 2, released evaluation files): AdamW, decay
+    on every weight, the rate along a half cosine to 0.
+    """
+
+    lrs: tuple[float, ...] = (5e-3, 3e-3, 1e-3, 3e-4, 1e-4)
+    weight_decays: tuple[float, ...] = (0.01, 0.1, 0.4, 0.8)
+    epochs: int = 20
+    batch_size: int = 256
+    """Rows of a step, at most: an epoch is cut into steps of equal size. 0 takes all rows."""
+    warmup_epochs: float = 0.0
+    """The rate grows linearly from 0 before it falls. Published probes have none, and heads from 1e-3 on can collapse without."""
+
+    @property
+    def heads(self) -> list[tuple[float, float]]:
+        """(learning rate, weight decay) of each head."""
+        return [(lr, decay) for lr in self.lrs for decay in self.weight_decays]
+
+
+LINEAR_GRID = HeadGrid((0.1, 0.03, 0.01, 0.003, 0.001), (0.0, 0.01, 0.1, 1.0), epochs=50, batch_size=512)
+"""For logistic regression on standardised features: a convex problem, whose rate decides how far it is followed."""
 
 
 def _paper_masks() -> list[MaskConfig]:

@@ -7,15 +7,21 @@ import torch
 from torch import Tensor
 
 
+def standardise(train_x: Tensor, *others: Tensor) -> list[Tensor]:
+    """Features [R, ..., D] of training rows and of others, brought to mean 0 and deviation 1 of each channel in training."""
+    flat = train_x.reshape(-1, train_x.shape[-1])
+    mean, std = flat.mean(0), flat.std(0)
+    std = (std + 0.01 * std.mean()).clamp_min(1e-12)  # a channel that hardly moves in training must not explode on held-out rows
+    return [(x - mean) / std for x in (train_x, *others)]
+
+
 def ridge_r2(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> float:
     """R^2 on held-out rows of a ridge regression from features [R, D] to labels [R, Y], averaged over the Y labels.
 
     Features are standardised by the training rows; the ridge strength is chosen on the last quarter of the training rows, then
     refitted on all of them, so the held-out rows are looked at once. 1 is perfect, 0 is the mean label, below 0 is worse.
     """
-    mean, std = train_x.mean(0), train_x.std(0)
-    std = std + 0.01 * std.mean()  # a channel that hardly moves in training must not explode on held-out rows
-    train_x, test_x = (train_x.double() - mean) / std, (test_x.double() - mean) / std
+    train_x, test_x = standardise(train_x.double(), test_x.double())
     train_y, test_y = train_y.double(), test_y.double()
     cut = max(1, len(train_x) * 3 // 4)
     strengths = [10.0**power for power in range(-1, 6)]

@@ -27,6 +27,7 @@ class Stream(IntEnum):
     MASK_CUT = 4
     TRAJECTORY = 5
     REPLACEMENT = 6
+    PROBE = 7
 
 
 class Crop(NamedTuple):

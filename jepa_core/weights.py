@@ -21,9 +21,9 @@ from jepa_core.attentive import AttentiveClassifier
 from jepa_core.config import (
     SIZES,
     ActionPredictorConfig,
+    AttentiveConfig,
     EncoderConfig,
     PredictorConfig,
-    ProbeConfig,
     encoder_config,
 )
 from jepa_core.encoder import VisionTransformer
@@ -60,7 +60,7 @@ class ModelConfig:
     encoder: EncoderConfig | None = None
     predictor: PredictorConfig | None = None
     action_predictor: ActionPredictorConfig | None = None
-    probe: ProbeConfig | None = None
+    probe: AttentiveConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -234,13 +234,13 @@ def _action_config(state: State, unseen: Unseen) -> ActionPredictorConfig:
     )
 
 
-def _probe_config(state: State, unseen: Unseen) -> ProbeConfig:
+def _probe_config(state: State, unseen: Unseen) -> AttentiveConfig:
     _, num_queries, dim = _shape(PROBE, state, _QUERY)
     hidden = _shape(PROBE, state, "pooler.cross_attention_block.mlp.fc1.weight")[0]
-    heads = unseen.probe_heads or ProbeConfig().heads
+    heads = unseen.probe_heads or AttentiveConfig().heads
     if dim % heads:
         raise ValueError(f"probe: width {dim} does not divide into the published {heads} heads: give them as probe_heads=N")
-    return ProbeConfig(
+    return AttentiveConfig(
         depth=_count(state, "pooler.blocks") + 1, heads=heads, num_queries=num_queries, mlp_ratio=_ratio(dim, hidden, []),
         num_classes=_shape(PROBE, state, "linear.weight")[0],
     )  # fmt: skip

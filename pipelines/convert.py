@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from jepa_core import weights
-from jepa_core.config import EncoderConfig, PredictorConfig, ProbeConfig
+from jepa_core.config import AttentiveConfig, EncoderConfig, PredictorConfig
 from jepa_core.weights import ACTION_PREDICTOR, ENCODER, PREDICTOR, PROBE, TARGET_ENCODER, ModelConfig, State, Unseen
 from pipelines import model_folder, storage
 from pipelines.config import ConvertConfig
@@ -285,7 +285,7 @@ def _config_from_transformers(tree: dict[str, Any], state: State, uri: str) -> M
     if classes is None:
         return ModelConfig(encoder, predictor)
     depth = tree.get("num_pooler_layers", 3) + 1
-    return ModelConfig(encoder, predictor, probe=ProbeConfig(depth, heads, num_classes=len(classes), norm_eps=NORM_EPS))
+    return ModelConfig(encoder, predictor, probe=AttentiveConfig(depth, heads, num_classes=len(classes), norm_eps=NORM_EPS))
 
 
 def _for_transformers(model: ModelFolder, config: ConvertConfig) -> ModelFolder:
@@ -327,7 +327,7 @@ def _inexpressible(model: ModelFolder) -> list[str]:
         reasons["its predictor has no levels, context projection or other target width (V-JEPA 2.1)"] = dense
     if probe:
         reasons[f"its pooler has one query, not {probe.num_queries}"] = probe.num_queries != 1
-        reasons[f"its pooler has mlp_ratio 4, not {probe.mlp_ratio}"] = probe.mlp_ratio != ProbeConfig().mlp_ratio
+        reasons[f"its pooler has mlp_ratio 4, not {probe.mlp_ratio}"] = probe.mlp_ratio != AttentiveConfig().mlp_ratio
     return [reason for reason, holds in reasons.items() if holds]
 
 

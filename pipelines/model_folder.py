@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 
 from jepa_core import weights
-from jepa_core.config import ActionPredictorConfig, EncoderConfig, PredictorConfig, ProbeConfig
+from jepa_core.config import ActionPredictorConfig, AttentiveConfig, EncoderConfig, PredictorConfig
 from jepa_core.weights import ACTION_PREDICTOR, ENCODER, PARTS, PREDICTOR, PROBE, TARGET_ENCODER, ModelConfig, State
 from pipelines import run_folder, storage
 from pipelines.config import PostTrainConfig, PretrainConfig
@@ -29,7 +29,7 @@ _SECTIONS = {
     "encoder": EncoderConfig,
     "predictor": PredictorConfig,
     "action_predictor": ActionPredictorConfig,
-    "probe": ProbeConfig,
+    "probe": AttentiveConfig,
 }
 _POST_TRAINED_ENCODER = ("encoder.safetensors", "encoder.json")
 """Weights and pretraining configuration of the frozen encoder, in a post-training run."""

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from jepa_core import weights
 from jepa_core.config import (
     ActionPredictorConfig,
+    AttentiveConfig,
     EncoderConfig,
     PredictorConfig,
-    ProbeConfig,
     encoder_config,
 )
 from jepa_core.weights import ACTION_PREDICTOR, ENCODER, PREDICTOR, PROBE, TARGET_ENCODER, ModelConfig
@@ -29,7 +29,7 @@ SMALL = ModelConfig(
     encoder=EncoderConfig(dim=96, depth=2, heads=4),
     predictor=PredictorConfig(dim=48, depth=2, heads=4, num_mask_tokens=3, mask_token_by="clip"),
     action_predictor=ActionPredictorConfig(dim=64, depth=2, heads=4),
-    probe=ProbeConfig(depth=3, heads=4, num_classes=5, norm_eps=1e-6),
+    probe=AttentiveConfig(depth=3, heads=4, num_classes=5, norm_eps=1e-6),
 )
 HEADS = ("heads=4", "predictor_heads=4", "probe_heads=4")
 CLIP = ClipFormat(num_frames=8, crop_size=32, fps=4.0)

@@ -10,13 +10,13 @@ from jepa_core.action_predictor import ActionPredictor
 from jepa_core.attentive import AttentiveClassifier
 from jepa_core.config import (
     ActionPredictorConfig,
+    AttentiveConfig,
     EncoderConfig,
     LossConfig,
     MaskConfig,
     OptimConfig,
     PredictorConfig,
     PretrainModelConfig,
-    ProbeConfig,
 )
 from jepa_core.encoder import VisionTransformer, cut_tubelets
 from jepa_core.objective import action_losses, normalize_targets
@@ -83,7 +83,7 @@ def test_the_action_predictor(dim, heads, extrinsics):
 @pytest.mark.parametrize(("depth", "heads"), [(4, 2), (1, 4)])
 def test_the_attentive_probe(depth, heads):
     torch.manual_seed(0)
-    model = randomize(AttentiveClassifier(ProbeConfig(depth, heads, num_classes=5), 64))
+    model = randomize(AttentiveClassifier(AttentiveConfig(depth, heads, num_classes=5), 64))
     tokens = torch.randn(2, 30, 64)
     torch.testing.assert_close(model(tokens), reference.classifier(model.state_dict(), tokens, depth, heads), **TOLERANCE)
 

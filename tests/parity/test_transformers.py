@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from jepa_core.config import EncoderConfig, PredictorConfig, ProbeConfig
+from jepa_core.config import AttentiveConfig, EncoderConfig, PredictorConfig
 from jepa_core.encoder import VisionTransformer
 from jepa_core.positions import Grid
 from jepa_core.weights import ENCODER, PREDICTOR, PROBE, ModelConfig, build, from_transformers
@@ -34,7 +34,7 @@ def pair(dim: int, heads: int, *, crop: int = 64, classes: int = 0) -> tuple[nn.
     config = ModelConfig(
         encoder=EncoderConfig(dim, 3, heads),
         predictor=PredictorConfig(dim, 2, heads, num_mask_tokens=3),
-        probe=ProbeConfig(3, heads, num_classes=classes, norm_eps=1e-6) if classes else None,
+        probe=AttentiveConfig(3, heads, num_classes=classes, norm_eps=1e-6) if classes else None,
     )
     ours = {}
     for part, state in from_transformers(model.state_dict(), config).items():
