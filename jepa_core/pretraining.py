@@ -15,6 +15,7 @@ from jepa_core.encoder import VisionTransformer, gather_tokens
 from jepa_core.objective import context_distance_weight, latent_loss, mean_predictor_l1, normalize_targets
 from jepa_core.positions import Grid
 from jepa_core.predictor import MaskedPredictor
+from jepa_core.regularisation import covariance_penalty, standardize_targets, variance_hinge
 
 FEATURES = "features"
 HEALTH_TOKENS = 512
@@ -70,26 +71,37 @@ class Pretraining(nn.Module):
         """
         with torch.no_grad():
             features = self.target_encoder(clip, grid, levels=self.levels)
-            target = normalize_targets(features, max(1, len(self.levels)))
+            if self.config.loss.target_norm == "layer":
+                target = normalize_targets(features, max(1, len(self.levels)))
+            else:
+                target = standardize_targets(features)
         image = clip.shape[-1] == self.config.encoder.patch_size**2 * 3
-        losses, trivial = [], []
+        losses, trivial, extras = [], [], []
         numbers: dict[str, Any] = {}
         for index, mask in enumerate(masks):
             token = index if self.config.predictor.mask_token_by == "mask" else clip_group  # noqa: S105
-            loss, hidden = self._mask_loss(clip, grid, mask, target, token, image, context_weight)
+            loss, hidden, extra = self._mask_loss(clip, grid, mask, target, token, image, context_weight)
             losses.append(loss)
+            if extra is not None:
+                extras.append(extra)
             trivial.append(mean_predictor_l1(hidden))
             numbers[f"context_ratio_{index}"] = _mean_length(mask.context, mask.context_valid) / grid.num_tokens
             numbers[f"target_ratio_{index}"] = _mean_length(mask.target, mask.target_valid) / grid.num_tokens
         tokens = features[..., -self.config.encoder.dim :].flatten(0, 1)
         numbers |= {"trivial": torch.stack(trivial).mean(), FEATURES: tokens[:: max(1, len(tokens) // HEALTH_TOKENS)]}
-        return torch.stack(losses).mean(), numbers
+        loss = torch.stack(losses).mean()
+        if extras:
+            regularisation = torch.stack(extras).mean()
+            loss = loss + regularisation
+            numbers["regularisation"] = regularisation.detach()
+        return loss, numbers
 
     def _mask_loss(
         self, clip: Tensor, grid: Grid, mask: MaskIds, target: Tensor, token: int, image: bool, context_weight: float
-    ) -> tuple[Tensor, Tensor]:
-        """(loss, hidden targets [R, M, D] without padding) of one mask type."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(loss of prediction, hidden targets [R, M, D] without padding, loss of regularisation) of one mask type."""
         context = self.encoder(clip, grid, mask.context, mask.context_valid, self.levels)
+        regularisation = self._regularisation(context, mask.context_valid)
         groups = len(mask.target)
         context_ids, context_valid = mask.context, mask.context_valid
         target_ids = mask.target.flatten(0, 1)
@@ -112,7 +124,20 @@ class Pretraining(nn.Module):
             visible = gather_tokens(target, context_ids)
             # Multiplied even by 0, so that DDP finds a gradient for the context projection in every step.
             loss = loss + context_weight * latent_loss(seen, visible, self.config.loss.kind, context_valid, weight)
-        return loss, hidden if target_valid is None else hidden[target_valid].unsqueeze(0)
+        if self.config.loss.prediction_weight != 1:
+            # Multiplied even by 0, so that DDP finds a gradient for the predictor in every step.
+            loss = self.config.loss.prediction_weight * loss
+        return loss, hidden if target_valid is None else hidden[target_valid].unsqueeze(0), regularisation
+
+    def _regularisation(self, context: Tensor, valid: Tensor | None) -> Tensor | None:
+        """VICReg's weighted terms of visible tokens [B, K, L*D], mean over levels; None where both are off."""
+        loss = self.config.loss
+        if not loss.regularised:
+            return None
+        rows = context.flatten(0, 1) if valid is None else context[valid]
+        levels = rows.chunk(max(1, len(self.levels)), dim=-1)
+        terms = [loss.variance_weight * variance_hinge(x) + loss.covariance_weight * covariance_penalty(x) for x in levels]
+        return torch.stack(terms).mean()
 
 
 def _mean_length(ids: Tensor, valid: Tensor | None) -> float | Tensor:
