@@ -21,19 +21,18 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from pipelines import storage
+from pipelines.bench_config import DigitsConfig, LevelName, Split
 from pipelines.errors import InputRefused, UsageError
 from pipelines.video import encode_video
 
-LevelName = Literal["tiny", "plain", "photo"]
-Split = Literal["pretrain", "train", "validation", "test"]
 PACKAGE = "sklearn"
 NUM_FRAMES, FPS = 8, 8.0
 DIRECTIONS = 8
@@ -47,8 +46,8 @@ SHRUNK = (1, 2)
 """Photos are also shown at these fractions of their size: more kinds of texture out of two pictures."""
 PAN = 0.7
 """Largest motion of a photo along each axis, in pixels per frame."""
-NOISE = 8.0
-"""Standard deviation, in grey levels."""
+NOISE = 40.0
+"""Standard deviation, in grey levels: no encoder can predict it, and one that keeps it has less room for what moves."""
 CRF = 10
 """x264's quality: on noise of 8 grey levels a decoded pixel is off by 1.4 levels on average (crf 20: 4.1)."""
 CLIPS_PER_TAR = 1000
@@ -70,25 +69,6 @@ LEVELS: dict[str, Level] = {
     "plain": Level(32, 14, (1.0, 3.0), False),
     "photo": Level(32, 14, (1.0, 3.0), True),
 }
-
-
-@dataclass(frozen=True)
-class DigitsConfig:
-    """What to generate: clips of each part."""
-
-    level: LevelName = "tiny"
-    seed: int = 0
-    pretrain: int = 6000
-    train: int = 2000
-    validation: int = 1000
-    test: int = 2000
-
-    def __post_init__(self) -> None:
-        """Refuse counts that cannot be meant."""
-        if min(self.pretrain, self.train, self.validation, self.test) < 1:
-            raise UsageError("moving digits: pretrain, train, validation and test must be at least 1 clip each")
-        if self.seed < 0:
-            raise UsageError(f"moving digits: seed={self.seed} must not be negative")
 
 
 class Clip(NamedTuple):
@@ -124,12 +104,12 @@ def make_clip(level: LevelName, seed: int, split: Split, index: int) -> Clip:
     return Clip(np.ascontiguousarray(frames), direction, int(classes[instance]), instance, speed)
 
 
-def write(config: DigitsConfig, out: str, on_tar: Callable[[int], None] = lambda clips: None) -> None:
+def write(level: LevelName, config: DigitsConfig, out: str, on_tar: Callable[[int], None] = lambda clips: None) -> None:
     """Generate and encode all parts below `out`, unless they are there. `on_tar` is told how many clips are done.
 
     Raises InputRefused where scikit-learn is not installed, UsageError when `out` holds clips of another configuration.
     """
-    out, wanted = storage.normalize(out), asdict(config)
+    out, wanted = storage.normalize(out), {"level": level, **asdict(config)}
     marker = storage.join(out, MARKER)
     if storage.list_files(out, (MARKER,), missing_ok=True):
         if json.loads(storage.read_bytes(marker)) != wanted:
@@ -141,7 +121,7 @@ def write(config: DigitsConfig, out: str, on_tar: Callable[[int], None] = lambda
     for split in INSTANCES:
         count, folder = getattr(config, split), "pretrain" if split == "pretrain" else "probe"
         for start in range(0, count, CLIPS_PER_TAR):
-            data, rows = _tar(config, split, range(start, min(start + CLIPS_PER_TAR, count)))
+            data, rows = _tar(level, config.seed, split, range(start, min(start + CLIPS_PER_TAR, count)))
             storage.write_bytes(storage.join(out, folder, f"{split}-{start // CLIPS_PER_TAR:03}.tar"), data)
             if folder == "probe":
                 table.writerows(rows)
@@ -151,12 +131,12 @@ def write(config: DigitsConfig, out: str, on_tar: Callable[[int], None] = lambda
     storage.write_bytes(marker, json.dumps(wanted).encode())
 
 
-def _tar(config: DigitsConfig, split: Split, indices: range) -> tuple[bytes, list[tuple[Any, ...]]]:
+def _tar(level: LevelName, seed: int, split: Split, indices: range) -> tuple[bytes, list[tuple[Any, ...]]]:
     """(an uncompressed tar of these clips as MP4, their rows of COLUMNS)."""
     buffer, rows = io.BytesIO(), []
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for index in indices:
-            clip = make_clip(config.level, config.seed, split, index)
+            clip = make_clip(level, seed, split, index)
             member = tarfile.TarInfo(f"{split}-{index:06}.mp4")
             data = encode_video(clip.frames, FPS, crf=CRF)
             member.size = len(data)
