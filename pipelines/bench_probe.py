@@ -9,8 +9,8 @@ Legend: R clips, N tokens, D width.
 
 import csv
 import io
+import itertools
 import os
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -219,8 +219,12 @@ def _run_trials(
     shared, task = ray.put(clips), ray.remote(num_cpus=config.cpus_per_trial, max_retries=0)(_train_and_probe)
     waiting, running, done = iter(trials), [], 0
     try:
-        while batch := [*running, *_started(task, trials, waiting, shared, config.concurrency - len(running))]:
-            ready, running = ray.wait(batch)
+        while True:
+            started = itertools.islice(waiting, config.concurrency - len(running))
+            running += [task.remote(*key, trials[key], shared) for key in started]
+            if not running:
+                break
+            ready, running = ray.wait(running)
             for name, scores in ray.get(ready):
                 done += 1
                 reporter.advance(done, trial=name, **scores)
@@ -231,11 +235,6 @@ def _run_trials(
         last = str(error).strip().splitlines()[-1]
         raise Retryable(f"a run failed: {last}; the same command runs what is missing") from error
     reporter.stop()
-
-
-def _started(task: Any, trials: dict[tuple[str, int], PretrainConfig], waiting: Iterable, clips: Any, room: int) -> list[Any]:
-    chosen = [key for key, _ in zip(waiting, range(room), strict=False)] if room else []
-    return [task.remote(*key, trials[key], clips) for key in chosen]
 
 
 def _train_and_probe(arm: str, seed: int, config: PretrainConfig, clips: ProbeClips) -> tuple[str, dict[str, float]]:
