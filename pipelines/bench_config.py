@@ -29,9 +29,9 @@ class DigitsConfig:
         """Refuse counts that cannot be meant."""
         for name in ("pretrain", "train", "validation", "test"):
             if getattr(self, name) < 1:
-                raise UsageError(f"data.{name}={getattr(self, name)} must be at least 1 clip")
+                raise UsageError(f"digits.{name}={getattr(self, name)} must be at least 1 clip")
         if self.seed < 0:
-            raise UsageError(f"data.seed={self.seed} must not be negative")
+            raise UsageError(f"digits.seed={self.seed} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class BenchConfig:
     """Further key=value settings of pretraining."""
     steps: int = 0
     """Training steps of each run; 0 keeps the preset's."""
-    data: DigitsConfig = field(default_factory=DigitsConfig)
+    digits: DigitsConfig = field(default_factory=DigitsConfig)
     concurrency: int = 2
     """Runs at a time."""
     cpus_per_trial: float = 1.0

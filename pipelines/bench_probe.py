@@ -76,7 +76,7 @@ def run(config: BenchConfig, reporter: Reporter) -> dict[str, Any]:
             inputs = {PIXELS: probe(pixels(clips), clips), FRAME_DIFFERENCE: probe(frame_difference(clips), clips)}
             run_folder.write_json(run_dir, INPUTS, inputs)
     results = {key: run_folder.read_json(_trial_dir(run_dir, *key), run_folder.RESULT) for key in trials}
-    result = bench_table.summary(results, inputs, config.data.test)
+    result = bench_table.summary(results, inputs, config.digits.test)
     run_folder.write_json(run_dir, run_folder.RESULT, result)
     reporter.table(f"jepa bench probe level={config.level}: test accuracy, %", *bench_table.accuracies(result))
     reporter.table("margins, points", *bench_table.margins(result))
@@ -193,8 +193,8 @@ def _catalogs(config: BenchConfig, run_dir: str, reporter: Reporter) -> dict[str
     if known is not None:
         return known
     videos = storage.join(run_dir, VIDEOS)
-    reporter.start("generate", sum(getattr(config.data, split) for split in moving_digits.INSTANCES), "clips")
-    moving_digits.write(config.level, config.data, videos, reporter.advance)
+    reporter.start("generate", sum(getattr(config.digits, split) for split in moving_digits.INSTANCES), "clips")
+    moving_digits.write(config.level, config.digits, videos, reporter.advance)
     reporter.stop()
     made = {}
     for part in ("pretrain", "probe"):

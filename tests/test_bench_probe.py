@@ -12,7 +12,7 @@ from pipelines.bench_table import CONTROL, PIXELS, PREDICTION, RANDOM
 from pipelines.errors import ConditionMissed, UsageError
 from pipelines.presets import load
 
-SMALL = ["what=probe", "overrides=[smoke=true]", "seeds=1", "data.pretrain=16", "data.train=40", "data.validation=16"]
+SMALL = ["what=probe", "overrides=[smoke=true]", "seeds=1", "digits.pretrain=16", "digits.train=40", "digits.validation=16"]
 
 
 def test_the_linear_probe_reads_what_is_there_and_not_what_is_not():
@@ -93,7 +93,7 @@ def test_a_trial_of_the_control_differs_by_the_weight_of_prediction_alone():
     assert (one.seed, one.optim, one.train, one.model.masks) == (2, other.optim, other.train, other.model.masks)
 
 
-@pytest.mark.parametrize("wrong", ["seeds=0", "level=hard", "data.test=0", "what=nothing"])
+@pytest.mark.parametrize("wrong", ["seeds=0", "level=hard", "digits.test=0", "what=nothing"])
 def test_mistakes_are_refused(wrong):
     with pytest.raises(UsageError):
         load(BenchConfig, "bench", [*SMALL, "run.dir=/tmp/x", wrong])
@@ -101,7 +101,7 @@ def test_mistakes_are_refused(wrong):
 
 @pytest.mark.ray
 def test_the_whole_way_in_small_and_again_without_work(ray_session, reporter, tmp_path):
-    given = [*SMALL, "data.test=16", f"run.dir={tmp_path}/bench", "require=false"]
+    given = [*SMALL, "digits.test=16", f"run.dir={tmp_path}/bench", "require=false"]
     told = bench_probe.run(load(BenchConfig, "bench", given), reporter)
     result = run_folder.read_json(f"{tmp_path}/bench", run_folder.RESULT)
     assert [arm["arm"] for arm in result["arms"]] == [PREDICTION, CONTROL, RANDOM, PIXELS, "frame difference"]
@@ -122,5 +122,5 @@ def test_the_whole_way_in_small_and_again_without_work(ray_session, reporter, tm
     if not told["passed"]:
         with pytest.raises(ConditionMissed, match=r"result\.json"):
             bench_probe.run(load(BenchConfig, "bench", [*given, "require=true"]), reporter)
-    with pytest.raises(UsageError, match=r"data\.test"):
-        bench_probe.run(load(BenchConfig, "bench", [*given, "data.test=17"]), reporter)
+    with pytest.raises(UsageError, match=r"digits\.test"):
+        bench_probe.run(load(BenchConfig, "bench", [*given, "digits.test=17"]), reporter)

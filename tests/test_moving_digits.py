@@ -111,5 +111,5 @@ def test_a_second_run_writes_nothing_and_another_configuration_is_refused(tmp_pa
 
 @pytest.mark.parametrize("wrong", [{"train": 0}, {"seed": -1}])
 def test_counts_that_cannot_be_meant_are_refused(wrong):
-    with pytest.raises(UsageError, match=r"data\."):
+    with pytest.raises(UsageError, match=r"digits\."):
         DigitsConfig(**wrong)
