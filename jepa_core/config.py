@@ -120,7 +120,7 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """How predictions are compared with the normalised output of the target encoder."""
+    """How predictions are compared with the normalised output of the target encoder, and what else is asked of the encoder."""
 
     kind: Literal["l1", "smooth_l1"] = "l1"
     """l1: V-JEPA; smooth_l1: I-JEPA."""
@@ -130,6 +130,28 @@ class LossConfig:
     """Steps between which that weight grows from 0."""
     context_by_distance: bool = True
     """Visible tokens count less the farther the nearest hidden one is: 1 / sqrt(distance in patches)."""
+    target_norm: Literal["layer", "standardised"] = "layer"
+    """layer: LayerNorm of each token, as in all papers. standardised: each channel over the tokens of the microbatch."""
+    prediction_weight: float = 1.0
+    """0 trains without prediction: the control that tells what the two terms below do alone."""
+    variance_weight: float = 0.0
+    """VICReg's variance term on the encoder's output of visible tokens, over a microbatch (arXiv 2105.04906)."""
+    covariance_weight: float = 0.0
+    """VICReg's covariance term on the same."""
+
+    def check(self) -> None:
+        """Raises ValueError for weights that train nothing, or the wrong way."""
+        weights = {name: getattr(self, f"{name}_weight") for name in ("prediction", "variance", "covariance")}
+        for name, weight in weights.items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"loss.{name}_weight={weight} must not be negative")
+        if not any(weights.values()):
+            raise ValueError("loss.prediction_weight=0 leaves nothing to train: give loss.variance_weight or covariance_weight")
+
+    @property
+    def regularised(self) -> bool:
+        """Whether one of VICReg's terms counts."""
+        return bool(self.variance_weight or self.covariance_weight)
 
 
 @dataclass(frozen=True)
@@ -277,6 +299,7 @@ class PretrainModelConfig:
     def check(self) -> None:
         """Raises ValueError for parts that do not fit each other."""
         encoder, predictor = self.encoder, self.predictor
+        self.loss.check()
         if predictor.levels > encoder.levels:
             raise ValueError(f"predictor.levels={predictor.levels}, but the encoder has encoder.levels={encoder.levels}")
         if predictor.target_dim not in (0, encoder.dim):

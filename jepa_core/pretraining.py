@@ -26,6 +26,7 @@ from jepa_core.health import (
 from jepa_core.objective import context_distance_weight, latent_loss, normalize_targets
 from jepa_core.positions import Grid
 from jepa_core.predictor import MaskedPredictor
+from jepa_core.regularisation import covariance_penalty, standardize_targets, variance_hinge
 
 
 class MaskIds(NamedTuple):
@@ -45,6 +46,8 @@ class _Part(NamedTuple):
     """What became of one mask type; R is G*B."""
 
     loss: Tensor
+    """Of prediction."""
+    regularisation: Tensor | None
     prediction: Tensor
     """[R, M, L*D]"""
     hidden: Tensor
@@ -116,16 +119,21 @@ class Pretraining(nn.Module):
         """
         with torch.no_grad():
             features = self.target_encoder(clip, grid, levels=self.levels)
-            target = normalize_targets(features, max(1, len(self.levels)))
+            if self.config.loss.target_norm == "layer":
+                target = normalize_targets(features, max(1, len(self.levels)))
+            else:
+                target = standardize_targets(features)
         image = clip.shape[-1] == self.config.encoder.patch_size**2 * 3
         tokens = features[..., -self.config.encoder.dim :]
         numbers: dict[str, Any] = {CLIPS: tokens.float().mean(dim=1)}
-        losses, measured = [], []
+        losses, measured, extras = [], [], []
         by_position = position_mean_l1(target) if measure else None
         for index, mask in enumerate(masks):
             token = index if self.config.predictor.mask_token_by == "mask" else clip_group  # noqa: S105
             part = self._mask_loss(clip, grid, mask, target, token, image, context_weight)
             losses.append(part.loss)
+            if part.regularisation is not None:
+                extras.append(part.regularisation)
             if measure:
                 measured.append(part.health(len(mask.target), mask.context_valid, by_position))
             numbers[f"context_ratio_{index}"] = _mean_length(mask.context, mask.context_valid) / grid.num_tokens
@@ -139,7 +147,12 @@ class Pretraining(nn.Module):
             targets = target[..., -self.config.encoder.dim :].flatten(0, 1)
             numbers |= {"target_std": targets.std(dim=0).mean(), "target_cosine": mean_cosine(targets[chosen])}
             numbers[FEATURES] = tokens.flatten(0, 1)[chosen]
-        return torch.stack(losses).mean(), numbers
+        loss = torch.stack(losses).mean()
+        if extras:
+            regularisation = torch.stack(extras).mean()
+            loss = loss + regularisation
+            numbers["regularisation"] = regularisation.detach()
+        return loss, numbers
 
     def _mask_loss(
         self, clip: Tensor, grid: Grid, mask: MaskIds, target: Tensor, token: int, image: bool, context_weight: float
@@ -167,8 +180,22 @@ class Pretraining(nn.Module):
             visible = gather_tokens(target, context_ids)
             # Multiplied even by 0, so that DDP finds a gradient for the context projection in every step.
             loss = loss + context_weight * latent_loss(seen, visible, self.config.loss.kind, context_valid, weight)
-        own = seen_by_encoder[..., -self.config.encoder.dim :]
-        return _Part(loss, prediction.detach(), hidden, target_ids, target_valid, own.detach())
+        if self.config.loss.prediction_weight != 1:
+            # Multiplied even by 0, so that DDP finds a gradient for the predictor in every step.
+            loss = self.config.loss.prediction_weight * loss
+        own = seen_by_encoder[..., -self.config.encoder.dim :].detach()
+        regularisation = self._regularisation(seen_by_encoder, mask.context_valid)
+        return _Part(loss, regularisation, prediction.detach(), hidden, target_ids, target_valid, own)
+
+    def _regularisation(self, context: Tensor, valid: Tensor | None) -> Tensor | None:
+        """VICReg's weighted terms of visible tokens [B, K, L*D], mean over levels; None where both are off."""
+        loss = self.config.loss
+        if not loss.regularised:
+            return None
+        rows = context.flatten(0, 1) if valid is None else context[valid]
+        levels = rows.chunk(max(1, len(self.levels)), dim=-1)
+        terms = [loss.variance_weight * variance_hinge(x) + loss.covariance_weight * covariance_penalty(x) for x in levels]
+        return torch.stack(terms).mean()
 
 
 def _mean_length(ids: Tensor, valid: Tensor | None) -> float | Tensor:

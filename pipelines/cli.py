@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from pipelines import bench_config as bench_schema
 from pipelines import config as schema
 from pipelines import ingest_config as ingest_schema
 from pipelines import ledger_config as ledger_schema
@@ -94,12 +95,20 @@ VERBS = {
         ("source", "destination"),
         (("from", "from_format"), ("to", "to_format")),
     ),
+    "bench": Verb(
+        bench_schema.BenchConfig,
+        "pipelines.bench_probe",
+        "does pretraining teach anything? generated video, probes, controls",
+        (),
+        ("run.dir",),
+        ("what",),
+    ),
     "demo": Verb(schema.DemoConfig, "pipelines.demo", "all of the above at toy scale", ("source",), ("dir",)),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit code: 0 done, 2 usage, 3 input refused, 75 try again, 1 a bug, 130 interrupted."""
+    """Run one verb. Returns the exit code, see `_overview`: 0 done, 75 try again."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     reporter = Reporter()
     try:
@@ -182,7 +191,8 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "exit codes: 0 done, 2 usage or configuration, 3 input refused, 75 try again, 1 a bug, 130 interrupted",
+            "exit codes: 0 done, 2 usage or configuration, 3 input refused, 4 condition missed, 75 try again, 1 a bug,",
+            "130 interrupted",
         ]
     )
 

@@ -28,6 +28,12 @@ class InputRefused(JepaError):
     exit_code = 3
 
 
+class ConditionMissed(JepaError):
+    """The work is done and its result stands, but it is not what the command was told to require."""
+
+    exit_code = 4
+
+
 class Retryable(JepaError):
     """Something outside failed (network, object store, a lost worker): the same command may succeed later."""
 

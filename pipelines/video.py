@@ -156,7 +156,7 @@ def scale_image(image: np.ndarray, crop: Crop, size: int) -> np.ndarray:
     return Scaler(crop, size)(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24"))
 
 
-def encode_video(frames: np.ndarray, fps: float) -> bytes:
+def encode_video(frames: np.ndarray, fps: float, crf: int = 20) -> bytes:
     """H.264 in MP4 of frames uint8 [T, H, W, 3], a key frame every 15; one thread, so equal frames give equal bytes.
 
     Raises UsageError for odd sizes: yuv420p needs even ones.
@@ -166,7 +166,7 @@ def encode_video(frames: np.ndarray, fps: float) -> bytes:
         raise UsageError(f"yuv420p needs an even height and width, got {height} x {width}")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        options = {"crf": "20", "preset": "veryfast", "threads": "1", "g": "15", "bf": "0"}
+        options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "g": "15", "bf": "0"}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for image in frames:

@@ -22,6 +22,7 @@ REQUIRED = {
     "plan": ["model=a", "run.dir=b"],
     "report": ["run=a"],
     "demo": [],
+    "bench": ["what=probe", "run.dir=a"],
 }
 
 

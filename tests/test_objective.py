@@ -6,8 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_core.config import LossConfig, OptimConfig, PlannerConfig
+from jepa_core.config import (
+    EncoderConfig,
+    LossConfig,
+    MaskConfig,
+    OptimConfig,
+    PlannerConfig,
+    PredictorConfig,
+    PretrainModelConfig,
+)
 from jepa_core.health import feature_std, mean_predictor_l1, rank_me
+from jepa_core.masks import draw_masks
 from jepa_core.objective import (
     action_losses,
     context_distance_weight,
@@ -18,7 +27,9 @@ from jepa_core.objective import (
 from jepa_core.optimization import autocast, ema_update, make_optimizer, set_rates
 from jepa_core.planner import plan, rollout
 from jepa_core.positions import Grid
+from jepa_core.pretraining import MaskIds, Pretraining
 from jepa_core.probe import retrieval_accuracy, ridge_r2
+from jepa_core.regularisation import EPSILON, covariance_penalty, standardize_targets, variance_hinge
 from jepa_core.schedules import context_weight, ema_momentum, learning_rate, weight_decay
 
 
@@ -224,3 +235,110 @@ def test_retrieval_counts_rows_that_find_their_own():
     gallery = torch.eye(4)
     assert retrieval_accuracy(gallery, gallery) == 1
     assert retrieval_accuracy(gallery[[1, 0, 2, 3]], gallery) == 0.5
+
+
+def test_standardised_targets_have_mean_zero_and_variance_one_per_channel_whatever_the_tokens_share():
+    torch.manual_seed(0)
+    features = torch.randn(8, 30, 16) * torch.linspace(0.5, 4, 16) + torch.linspace(-9, 9, 16)
+    target = standardize_targets(features)
+    assert target.mean(dim=(0, 1)).abs().max() < 1e-5
+    assert (target.var(dim=(0, 1), correction=0) - 1).abs().max() < 1e-3
+    assert mean_predictor_l1(target) == pytest.approx((2 / torch.pi) ** 0.5, abs=0.01), "of a normal distribution: E|x|"
+    assert mean_predictor_l1(normalize_targets(features)) < 0.5, "LayerNorm leaves the constant in"
+    assert standardize_targets(torch.ones(2, 3, 4)).abs().max() == 0, "a collapsed encoder gives zeros, not NaN"
+
+
+def test_the_variance_term_is_one_for_constant_features_and_zero_for_spread_ones():
+    assert variance_hinge(torch.full((64, 8), 3.0)) == pytest.approx(1 - EPSILON**0.5)
+    half = torch.tensor([[0.5], [-0.5]]).repeat(500, 1)  # variance 0.25 * 1000 / 999
+    assert variance_hinge(half) == pytest.approx(0.5, abs=1e-3)
+    assert variance_hinge(half * 4) == 0
+    assert variance_hinge(torch.cat([half, half * 4], dim=1)) == pytest.approx(0.25, abs=1e-3)
+
+
+def test_the_covariance_term_is_zero_for_decorrelated_features_and_known_for_equal_ones():
+    hadamard = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    assert covariance_penalty(hadamard) == pytest.approx(0, abs=1e-6)
+    equal = torch.tensor([[1.0], [-1.0]]).repeat(50, 1).expand(-1, 3)
+    assert covariance_penalty(equal) == pytest.approx(2 * (100 / 99) ** 2), "6 pairs of covariance 100/99, divided by 3"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert covariance_penalty(equal) == pytest.approx(2 * (100 / 99) ** 2)
+
+
+@pytest.mark.parametrize("term", [variance_hinge, covariance_penalty])
+def test_descending_a_regularisation_term_lowers_it(term):
+    torch.manual_seed(0)
+    features = (0.3 * torch.randn(200, 1) + 0.1 * torch.randn(200, 6)).requires_grad_()
+    before = term(features)
+    before.backward()
+    assert term(features - 10 * features.grad) < before
+
+
+def toy_pretraining(**loss) -> tuple[Pretraining, tuple]:
+    """A small model with padded rows (policy exact), and the arguments of its forward."""
+    torch.manual_seed(0)
+    config = PretrainModelConfig(
+        encoder=EncoderConfig(dim=24, depth=2, heads=2, patch_size=4),
+        predictor=PredictorConfig(dim=24, depth=1, heads=2),
+        masks=[MaskConfig(2, (0.3, 0.3)), MaskConfig(1, (0.1, 0.1), max_temporal_keep=0.5)],
+        mask_policy="exact",
+        loss=LossConfig(**loss),
+    )
+    grid = Grid(4, 4, 4)
+    clip = torch.randint(0, 256, (6, grid.num_tokens, 96), dtype=torch.uint8)
+    drawn = [draw_masks(mask, index, grid, 0, 0, range(6), "exact") for index, mask in enumerate(config.masks)]
+    masks = [MaskIds(*(None if ids is None else torch.from_numpy(ids) for ids in mask)) for mask in drawn]
+    return Pretraining(config), (clip, grid, masks)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {},
+        {"target_norm": "standardised"},
+        {"target_norm": "standardised", "variance_weight": 0.5, "covariance_weight": 0.1},
+        {"prediction_weight": 0.0, "variance_weight": 0.5},
+        {"prediction_weight": 0.0, "covariance_weight": 0.1},
+    ],
+    ids=str,
+)
+def test_every_trained_parameter_has_a_gradient_and_the_encoder_one_that_is_not_zero(loss):
+    model, arguments = toy_pretraining(**loss)
+    value, numbers = model(*arguments)
+    value.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values()), "DDP waits for each of them"
+    norm = {part: sum(p.grad.norm() for name, p in trained.items() if name.startswith(part)) for part in ("encoder", "predictor")}
+    assert norm["encoder"] > 0
+    assert (norm["predictor"] > 0) == (loss.get("prediction_weight", 1) > 0), "the control teaches the predictor nothing"
+    assert ("regularisation" in numbers) == any(f"{term}_weight" in loss for term in ("variance", "covariance"))
+
+
+def test_the_loss_is_the_sum_of_its_weighted_terms():
+    weights = {"variance_weight": 0.5, "covariance_weight": 0.1}
+    (model, arguments), (control, _), (bare, _) = (
+        toy_pretraining(**weights),
+        toy_pretraining(prediction_weight=0.0, **weights),
+        toy_pretraining(),
+    )
+    both, numbers = model(*arguments)
+    alone, _ = control(*arguments)
+    prediction, _ = bare(*arguments)
+    assert both.item() == pytest.approx((prediction + alone).item())
+    assert numbers["regularisation"] == pytest.approx(alone.item())
+    clip, grid, masks = arguments
+    expected = []
+    for mask in masks:
+        tokens = model.encoder(clip, grid, mask.context, mask.context_valid)
+        rows = torch.cat([row[real] for row, real in zip(tokens, mask.context_valid, strict=True)])
+        expected.append(0.5 * variance_hinge(rows) + 0.1 * covariance_penalty(rows))
+    assert alone.item() == pytest.approx(torch.stack(expected).mean().item()), "padding does not count"
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [({"prediction_weight": 0.0}, "nothing to train"), ({"variance_weight": -1.0}, "variance_weight=-1.0")],
+)
+def test_weights_that_train_nothing_are_refused(loss, words):
+    with pytest.raises(ValueError, match=words):
+        toy_pretraining(**loss)
