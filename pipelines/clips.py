@@ -98,7 +98,7 @@ def open_data(config: PretrainConfig, microbatches: int, *, shared: bool = True)
 def unit_dataset(data: ClipData, first_step: int, steps: int, fillers: int) -> ray.data.Dataset:
     """The units of steps first_step to steps - 1, in order: see units.dataset."""
     size = max(math.prod(data.shape_of(group)) for group in range(len(data.groups))) * data.plan.samples_per_unit
-    recipe = units.Recipe(plan_unit, decode_unit, {"data": data}, (TUBELETS,), size)
+    recipe = units.Recipe(plan_unit, decode_unit, {"data": data}, (TUBELETS,), size, data.plan.samples_per_unit)
     return units.dataset(recipe, units.Span(first_step, steps, data.microbatches), fillers, data.data)
 
 

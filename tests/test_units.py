@@ -116,8 +116,8 @@ def consume(shard, pause, out):
         time.sleep(pause)
 
 
-def dataset(span, fillers, size=100, planner=plan, decoder=decode, **arguments):
-    recipe = units.Recipe(planner, decoder, {"size": size, **arguments}, ("data",), size)
+def dataset(span, fillers, size=100, planner=plan, decoder=decode, samples=8, **arguments):
+    recipe = units.Recipe(planner, decoder, {"size": size, **arguments}, ("data",), size, samples)
     return units.dataset(recipe, span, fillers, DataConfig())
 
 
@@ -189,7 +189,7 @@ def decode(number, step, planned):
     return units.block(number, step, 0, np.array([number]), dict(node=np.frombuffer(node.encode(), np.uint8)))
 
 def places(decode_on):
-    recipe = units.Recipe(plan, decode, dict(), ("node",), 100)
+    recipe = units.Recipe(plan, decode, dict(), ("node",), 100, 32)
     rows = units.dataset(recipe, units.Span(0, 10, 2), 0, DataConfig(decode_on=decode_on))
     found = [units.unit_of(block) for block in rows.iter_batches(batch_size=None, batch_format="pyarrow")]
     return sorted({{bytes(unit.array("node", np.uint8, (-1,))).decode() for unit in found}})
