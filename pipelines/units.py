@@ -42,7 +42,7 @@ FILLER = -1
 SEGMENT_UNITS, SEGMENT_STEPS = 4096, 256
 """A segment is what one execution of Ray Data brings: so many units at least, and so many steps. Ray Data keeps about 3 kB of
 every task until its execution ends, and planned units, 10 kB each, weigh nothing to it; so neither may be the whole run. Between
-two segments the workers wait a second or two.
+two segments the workers wait about two seconds.
 """
 CHUNK = 64
 """Units of a piece."""
