@@ -221,6 +221,12 @@ def dataset(recipe: Recipe, span: Span, fillers: int, data: DataConfig) -> ray.d
     )
 
 
+def attempt() -> int:
+    """How often the present Ray task has died before: 0 for its first attempt, and outside of a task."""
+    worker = ray._private.worker.global_worker  # Ray's public context tells task and node, not this
+    return worker.core_worker.get_current_task_attempt_number() if worker.connected else 0
+
+
 def _plan(piece: pa.Table, recipe: Recipe, span: Span, fillers: int) -> Iterator[pa.Table]:
     segment = ray.data.DataContext.get_current()._execution_idx  # as Ray's own shuffles count epochs
     for number, step in span.numbers(piece, segment, fillers):
