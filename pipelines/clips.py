@@ -18,6 +18,7 @@ from jepa_core.order import DatasetSize, Draw, SamplePlan
 from jepa_core.sampling import Stream, generator
 from pipelines import catalog, epoch_plan, item_ids, storage, units
 from pipelines.catalog_schema import VIDEOS, CatalogRef
+from pipelines.clip_apart import read_clip_apart
 from pipelines.clip_reader import COLUMNS, read_clip
 from pipelines.config import DataConfig, PretrainConfig
 from pipelines.errors import InputRefused
@@ -25,6 +26,8 @@ from pipelines.video import VideoRefused
 
 TUBELETS = "tubelets"
 """uint8 [B, N, P], P values of a tubelet (1536 for 2x16x16 pixels)"""
+APART_FROM = 2
+"""Attempts of a unit's task that have died before its clips are read in processes of their own, a second each."""
 PLAN = "plan"
 """Folder of a run's epoch plans."""
 _ROWS = "rows"
@@ -98,7 +101,7 @@ def open_data(config: PretrainConfig, microbatches: int, *, shared: bool = True)
 def unit_dataset(data: ClipData, first_step: int, steps: int, fillers: int) -> ray.data.Dataset:
     """The units of steps first_step to steps - 1, in order: see units.dataset."""
     size = max(math.prod(data.shape_of(group)) for group in range(len(data.groups))) * data.plan.samples_per_unit
-    recipe = units.Recipe(plan_unit, decode_unit, {"data": data}, (TUBELETS,), size)
+    recipe = units.Recipe(plan_unit, decode_unit, {"data": data}, (TUBELETS,), size, data.plan.samples_per_unit)
     return units.dataset(recipe, units.Span(first_step, steps, data.microbatches), fillers, data.data)
 
 
@@ -143,11 +146,12 @@ def _sample(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Read sample n into `out`. Returns the catalog row that it shows, and what failed before."""
     source, failures = data.sources[dataset], []
+    read = read_clip_apart if units.attempt() >= APART_FROM else read_clip
     for attempt in range(data.data.max_replacements + 1):
         if attempt:
             (entry,) = _rows(data, data.plan.replacement(n, attempt)).to_pylist()
         try:
-            read_clip(source.ref, entry, source.clip, generator(data.plan.seed, Stream.CLIP, n, attempt), out)
+            read(source.ref, entry, source.clip, generator(data.plan.seed, Stream.CLIP, n, attempt), out)
             return entry, [{**failure, "replaced_by": entry["uri"]} for failure in failures]
         except VideoRefused as refusal:
             reason, detail = refusal.reason, refusal.detail

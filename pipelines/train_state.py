@@ -8,10 +8,10 @@ Copying is all that training waits for; writing happens in a thread, over a proc
 import os
 import shutil
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,12 +133,15 @@ class Saver:
         """What training waited for it: the copy."""
         self.began = time.monotonic()
         """When the last one began."""
-        self._thread: threading.Thread | None = None
+        # One thread for all checkpoints: the allocator gives each new thread another of its arenas in turn, and each would keep
+        # the room of a checkpoint's buffers.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
     @property
     def busy(self) -> bool:
         """Whether a checkpoint is still being written."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._writing is not None and not self._writing.done()
 
     def begin(self, state: TrainState, exports: Sequence[str], before_commit: Callable[[], None]) -> None:
         """Copy the state, and write it while training goes on. `before_commit` writes what the checkpoint's history needs."""
@@ -152,14 +155,13 @@ class Saver:
         weights = _whole_weights(state.module, exports) if self.rank == 0 or _is_sharded(state.module) else {}
         progress = asdict(state.progress)
         self.blocked_s = time.monotonic() - began
-        self._thread = threading.Thread(target=self._save, args=(tensors, weights, progress, before_commit, began), daemon=True)
-        self._thread.start()
+        self._writing = self._writer.submit(self._save, tensors, weights, progress, before_commit, began)
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, if any; `error` tells how it went."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
 
     def _save(
         self, tensors: dict[str, Any], weights: dict[str, dict[str, Tensor]], progress: dict[str, Any],

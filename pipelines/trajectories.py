@@ -106,7 +106,7 @@ def trajectory_dataset(
         "seed": seed,
         "samples": samples,
     }
-    recipe = units.Recipe(_plan_unit, _decode_unit, arguments, (PATCHES, STATES), samples * num_frames * size**2 * 3)
+    recipe = units.Recipe(_plan_unit, _decode_unit, arguments, (PATCHES, STATES), samples * num_frames * size**2 * 3, samples)
     return units.dataset(recipe, units.Span(first_step, steps, microbatches), fillers, data)
 
 

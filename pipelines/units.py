@@ -42,10 +42,12 @@ FILLER = -1
 SEGMENT_UNITS, SEGMENT_STEPS = 4096, 256
 """A segment is what one execution of Ray Data brings: so many units at least, and so many steps. Ray Data keeps about 3 kB of
 every task until its execution ends, and planned units, 10 kB each, weigh nothing to it; so neither may be the whole run. Between
-two segments the workers wait a second or two.
+two segments the workers wait about two seconds.
 """
 CHUNK = 64
 """Units of a piece."""
+TASK_SAMPLES = 32
+"""Samples of a decode task, where its units are smaller: Ray Data lets a processor idle for about 0.1 s after each task."""
 DECODERS = {"role": "decode"}
 """Ray's labels of nodes that are there for decoding."""
 STORE_SHARE = 0.5
@@ -188,6 +190,7 @@ class Recipe(NamedTuple):
     """Names of the arrays of a unit."""
     unit_bytes: int
     """Of the largest unit, about."""
+    unit_samples: int
 
 
 def dataset(recipe: Recipe, span: Span, fillers: int, data: DataConfig) -> ray.data.Dataset:
@@ -206,16 +209,22 @@ def dataset(recipe: Recipe, span: Span, fillers: int, data: DataConfig) -> ray.d
         compute=ray.data.TaskPoolStrategy(size=1),  # one reader that follows the order
         fn_args=(recipe, span, fillers),
     )
-    tasks = _tasks(recipe.unit_bytes, data)
+    tasks, task_units = _tasks(recipe, span.longest, data)
     return rows.map_batches(
         _decode,
-        batch_size=None,
+        batch_size=task_units,
         batch_format="pyarrow",
         num_cpus=1,
         compute=ray.data.TaskPoolStrategy(size=max(1, min(tasks, span.longest + fillers))) if tasks else None,
         label_selector=_where(data),
         fn_args=(recipe,),
     )
+
+
+def attempt() -> int:
+    """How often the present Ray task has died before: 0 for its first attempt, and outside of a task."""
+    worker = ray._private.worker.global_worker  # Ray's public context tells task and node, not this
+    return worker.core_worker.get_current_task_attempt_number() if worker.connected else 0
 
 
 def _plan(piece: pa.Table, recipe: Recipe, span: Span, fillers: int) -> Iterator[pa.Table]:
@@ -232,7 +241,12 @@ def _plan(piece: pa.Table, recipe: Recipe, span: Span, fillers: int) -> Iterator
         yield table
 
 
-def _decode(table: pa.Table, recipe: Recipe) -> pa.Table:
+def _decode(rows: pa.Table, recipe: Recipe) -> Iterator[pa.Table]:
+    for row in range(len(rows)):
+        yield _decoded(rows.slice(row, 1), recipe)
+
+
+def _decoded(table: pa.Table, recipe: Recipe) -> pa.Table:
     number, step, error = (table[name][0].as_py() for name in (UNIT, STEP, ERROR))
     if step == FILLER or error:
         return empty(number, step, recipe.arrays, error)
@@ -247,13 +261,18 @@ def _told(error: JepaError) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _tasks(unit_bytes: int, data: DataConfig) -> int:
-    """Limit of concurrent decode tasks, 0 for none: before the first unit has come, Ray does not know how large they are."""
-    room = int(STORE_SHARE * ray.cluster_resources().get("object_store_memory", 0) // max(1, unit_bytes))
-    limit = max(2, room)
+def _tasks(recipe: Recipe, longest: int, data: DataConfig) -> tuple[int, int]:
+    """Limit of concurrent decode tasks, 0 for none, and units of a task. Before the first unit has come, Ray does not know how
+    large they are, so the limit is what keeps them within the store.
+    """
+    resources = ray.cluster_resources()
+    room = int(STORE_SHARE * resources.get("object_store_memory", 0) // max(1, recipe.unit_bytes))
+    at_once = max(2, data.decode_tasks or int(resources.get("CPU", 0)))
+    size = max(1, min(-(-TASK_SAMPLES // recipe.unit_samples), room // at_once, longest // at_once))
+    limit = max(2, room // size)
     if data.decode_tasks:
-        return min(data.decode_tasks, limit)
-    return limit if limit < ray.cluster_resources().get("CPU", 0) else 0
+        return min(data.decode_tasks, limit), size
+    return (limit if limit < resources.get("CPU", 0) else 0), size
 
 
 def _where(data: DataConfig) -> dict[str, str] | None:

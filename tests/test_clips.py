@@ -9,7 +9,7 @@ import pytest
 from conftest import make_catalogs, make_corpus
 
 from jepa_core.config import ClipConfig, EncoderConfig, PretrainModelConfig
-from pipelines import catalog, clips, epoch_plan, ingest, storage, units
+from pipelines import catalog, clip_apart, clips, epoch_plan, ingest, storage, units
 from pipelines.config import DataConfig, DatasetConfig, PretrainConfig, RunConfig, TrainConfig
 from pipelines.errors import InputRefused, Retryable
 from pipelines.ingest_config import IngestConfig
@@ -168,3 +168,45 @@ def test_the_digest_names_the_videos_and_not_their_order(catalogs, tmp_path):
     ref = catalog.parse_ref(str(copy))
     catalog.compact(ref)
     assert clips.open_data(settings(tmp_path, str(catalog.pin(ref))), PARTS).digests["catalog"] in digests
+
+
+@pytest.fixture
+def third_attempt(monkeypatch):
+    monkeypatch.setattr(units, "attempt", lambda: clips.APART_FROM)
+
+
+def test_clips_of_a_task_that_died_are_read_apart_and_the_same(catalogs, tmp_path, monkeypatch):
+    data = clips.open_data(mixed(catalogs, tmp_path), PARTS, shared=False)
+    before = made(data, range(2))
+    monkeypatch.setattr(units, "attempt", lambda: clips.APART_FROM)
+    monkeypatch.setattr(clips, "read_clip", lambda *_: pytest.fail("read in the task's own process"))
+    assert all(same(one, other) for one, other in zip(made(data, range(2)), before, strict=True))
+
+
+def test_a_video_that_kills_its_reader_is_counted_and_replaced(catalogs, tmp_path, third_attempt, monkeypatch):
+    config = settings(tmp_path, catalogs["few"])
+    data = clips.open_data(config, PARTS, shared=False)
+    uri = data.sources[0].table["uri"][0].as_py()
+    killer = (
+        "import pickle, os, signal, sys; from pipelines import clip_apart; request = sys.stdin.buffer.read();"
+        f"pickle.loads(request)[1]['uri'] == {uri!r} and os.kill(os.getpid(), signal.SIGSEGV);"
+        "import io; sys.stdin = io.TextIOWrapper(io.BytesIO(request)); clip_apart.main()"
+    )
+    monkeypatch.setattr(clip_apart, "PROGRAM", ("-c", killer))
+    failures = [failure for unit in made(data, range(2)) for failure in unit.failures]
+    assert failures
+    assert {failure["uri"] for failure in failures} == {uri}
+    assert {(failure["reason"], failure["detail"].split()[-1]) for failure in failures} == {("crashed", "SIGSEGV")}
+    assert all(failure["replaced_by"] != uri for failure in failures)
+
+
+def test_a_refusal_of_a_reader_apart_is_the_same_refusal(catalogs, tmp_path, third_attempt):
+    config = settings(tmp_path, catalogs["few"])
+    data = clips.open_data(config, PARTS, shared=False)
+    source = data.sources[0]
+    entry = source.table.slice(0, 1).to_pylist()[0]
+    out = np.empty(data.shape_of(0), np.uint8)
+    gone = {**entry, "uri": entry["uri"] + ".gone"}
+    for read in (clips.read_clip, clips.read_clip_apart):
+        with pytest.raises(InputRefused, match="does not exist"):
+            read(source.ref, gone, source.clip, np.random.default_rng(0), out)

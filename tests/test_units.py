@@ -1,6 +1,8 @@
 """Units: one row without copies, and their way through Ray Data: in order, to the right worker, with bounded room."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -116,8 +118,8 @@ def consume(shard, pause, out):
         time.sleep(pause)
 
 
-def dataset(span, fillers, size=100, planner=plan, decoder=decode, **arguments):
-    recipe = units.Recipe(planner, decoder, {"size": size, **arguments}, ("data",), size)
+def dataset(span, fillers, size=100, planner=plan, decoder=decode, samples=8, **arguments):
+    recipe = units.Recipe(planner, decoder, {"size": size, **arguments}, ("data",), size, samples)
     return units.dataset(recipe, span, fillers, DataConfig())
 
 
@@ -189,7 +191,7 @@ def decode(number, step, planned):
     return units.block(number, step, 0, np.array([number]), dict(node=np.frombuffer(node.encode(), np.uint8)))
 
 def places(decode_on):
-    recipe = units.Recipe(plan, decode, dict(), ("node",), 100)
+    recipe = units.Recipe(plan, decode, dict(), ("node",), 100, 32)
     rows = units.dataset(recipe, units.Span(0, 10, 2), 0, DataConfig(decode_on=decode_on))
     found = [units.unit_of(block) for block in rows.iter_batches(batch_size=None, batch_format="pyarrow")]
     return sorted({{bytes(unit.array("node", np.uint8, (-1,))).decode() for unit in found}})
@@ -212,3 +214,18 @@ def test_decoding_goes_to_the_nodes_that_are_labelled_for_it():
     assert told["without"] == [told["head"]]
     assert told["auto"] == told["labelled"] == told["labelled_nodes"]
     assert told["head"] not in told["auto"]
+
+
+def dying(number, step, planned, size=100, deaths=2):
+    """A unit that kills its process in the first attempts."""
+    if number == 3 and units.attempt() < deaths:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return units.block(number, step, 0, np.array([units.attempt() if number == 3 else 0]), {"data": np.zeros(size, np.uint8)})
+
+
+def test_a_task_knows_how_often_it_died(ray_session):
+    rows = dataset(units.Span(0, 4, 1), 0, decoder=dying).iter_batches(batch_size=None, batch_format="pyarrow")
+    found = [units.unit_of(row) for row in rows]
+    assert [unit.number for unit in found] == list(range(4))
+    assert found[3].samples.tolist() == [2]
+    assert units.attempt() == 0

@@ -130,7 +130,7 @@ def _transport(way: str, count: int) -> tuple[float, float]:
         rows.context.execution_options.preserve_order = True
         batches = (batch["clip"].reshape(-1) for batch in rows.iter_batches(batch_size=CLIPS, prefetch_batches=1))
     else:
-        recipe = units.Recipe(_plan, _decode, {"way": way}, ("clips",), IMAGES.nbytes * CLIPS)
+        recipe = units.Recipe(_plan, _decode, {"way": way}, ("clips",), IMAGES.nbytes * CLIPS, CLIPS)
         blocks = units.dataset(recipe, units.Span(0, count, 1), 0, DataConfig(decode_tasks=2)).iter_batches(
             batch_size=None, batch_format="pyarrow", prefetch_batches=1
         )
