@@ -127,9 +127,10 @@ def _run(arguments: list[str], reporter: Reporter) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return EXIT_OK if arguments else UsageError.exit_code
-    name, *rest = arguments
+    name, rest = split_verb(arguments)
     if name not in VERBS:
-        raise UsageError(f"unknown verb {name!r}: choose from {', '.join(VERBS)}")
+        print(_overview(f"{name} "))
+        return EXIT_OK if rest else UsageError.exit_code
     verb = VERBS[name]
     if "-h" in rest or "--help" in rest:
         print(_help(name, verb))
@@ -141,6 +142,24 @@ def _run(arguments: list[str], reporter: Reporter) -> int:
     result = importlib.import_module(verb.module).run(config, reporter)
     reporter.summary(name, **result)
     return EXIT_OK
+
+
+def split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb and its arguments. A verb may be of two words; the first of them alone, or with --help, stands for all its pairs.
+
+    Raises UsageError for words that are no verb.
+    """
+    first, *rest = arguments
+    pair = f"{first} {rest[0]}" if rest else ""
+    if pair in VERBS:
+        return pair, rest[1:]
+    pairs = [name.split()[1] for name in VERBS if name.startswith(f"{first} ")]
+    if first in VERBS or (pairs and (not rest or rest[0] in ("-h", "--help"))):
+        return first, rest
+    if pairs:
+        raise UsageError(f"jepa {first} {rest[0]}: the word after {first} is one of {', '.join(pairs)}")
+    names = dict.fromkeys(name.split()[0] for name in VERBS)
+    raise UsageError(f"unknown verb {first!r}: choose from {', '.join(names)}")
 
 
 def overrides(verb: Verb, arguments: Sequence[str]) -> list[str]:
@@ -181,11 +200,13 @@ def _fail(reporter: Reporter, message: str, code: int) -> int:
     return code or EXIT_BUG
 
 
-def _overview() -> str:
-    lines = [f"  {name:<11} {verb.summary}" for name, verb in VERBS.items()]
+def _overview(prefix: str = "") -> str:
+    shown = {name: verb.summary for name, verb in VERBS.items() if name.startswith(prefix)}
+    width = max(map(len, shown)) + 1
+    lines = [f"  {name:<{width}} {summary}" for name, summary in shown.items()]
     return "\n".join(
         [
-            "usage: jepa VERB [preset=NAME] [key=value ...] [--dry-run] [--help]",
+            f"usage: jepa {prefix}VERB [preset=NAME] [key=value ...] [--dry-run] [--help]",
             "",
             "From a bucket of raw video to a robot that plans: V-JEPA 2 on Ray.",
             "",
