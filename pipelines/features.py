@@ -89,6 +89,13 @@ class Features(NamedTuple):
     """item, video, reason, detail of the others."""
 
 
+class Cache(NamedTuple):
+    """Where the features of a list of items stand: a folder for each arm, with so many blocks."""
+
+    folders: dict[str, str]
+    blocks: int
+
+
 class _Job(NamedTuple):
     """What every task needs; `arms` are a reference in Ray's store, `rows` too."""
 
@@ -129,10 +136,26 @@ def extract(
     *,
     num_gpus: float = 0.0,
 ) -> Features:
-    """Features of every item by every arm; needs an open Ray session. Of `clip`, num_frames and crop_size count.
+    """Features of every item by every arm: `fill`, and `read` of everything."""
+    return read(fill(ref, items, arms, clip, keep, folder, reporter, num_gpus=num_gpus))
 
+
+def fill(
+    ref: CatalogRef,
+    items: Sequence[Item],
+    arms: Mapping[str, Arm],
+    clip: ClipConfig,
+    keep: Keep,
+    folder: str,
+    reporter: Reporter,
+    *,
+    num_gpus: float = 0.0,
+) -> Cache:
+    """Bring the features of every item by every arm into the cache below `folder`; needs an open Ray session.
+
+    Of `clip`, num_frames and crop_size count.
     Without `num_gpus` a task decodes and encodes a block; with it, tasks decode and one actor for each such share of the
-    cluster's GPUs encodes, under bf16 autocast. `folder` is the cache. Raises InputRefused for items of videos that the catalog
+    cluster's GPUs encodes, under bf16 autocast. Raises InputRefused for items of videos that the catalog
     does not have, Retryable where a task is lost.
     """
     entries = _entries(ref, items, clip)
@@ -147,7 +170,27 @@ def extract(
             done += len(blocks[number])
             reporter.advance(done)
         reporter.stop()
-    return _read(folders, len(blocks))
+    return Cache(folders, len(blocks))
+
+
+def read(cache: Cache, names: Sequence[str] = ()) -> Features:
+    """Features of some arms, or of all, from the cache. Raises InputRefused for one that does not belong to the others."""
+    from safetensors.torch import load
+
+    kept, failures, x = [], [], {}
+    for name in names or cache.folders:
+        parts, came = [], []
+        for number in range(cache.blocks):
+            block = load(storage.read_bytes(storage.join(cache.folders[name], _file(number))))
+            parts += [block["x"]] if "x" in block else []
+            came.append(block["kept"].numpy())
+            if not x:
+                failures += json.loads(bytes(block["failures"].tolist()))
+        x[name] = torch.cat(parts) if parts else torch.empty(0)
+        kept.append(np.concatenate(came) if came else np.empty(0, np.int64))
+        if not np.array_equal(kept[0], kept[-1]):
+            raise InputRefused(f"{cache.folders[name]} holds other clips than the cache beside it: remove both, videos changed")
+    return Features(kept[0], x, failures)
 
 
 def encode(arm: Arm, frames: np.ndarray, keep: Keep, device: str = "cpu") -> Tensor:
@@ -209,9 +252,7 @@ def _entries(ref: CatalogRef, items: Sequence[Item], clip: ClipConfig) -> pa.Tab
     rows = rows.filter(pc.is_in(rows["id"], pa.array(sorted(wanted), pa.string())))
     absent = sorted(wanted - set(rows["id"].to_pylist()))
     if absent:
-        raise InputRefused(
-            f"{ref} does not hold {len(absent)} of {len(wanted)} videos that were asked for: {', '.join(absent[:5])}"
-        )
+        raise InputRefused(f"{ref} does not hold {len(absent)} of {len(wanted)} videos asked for: {', '.join(absent[:5])}")
     return rows.combine_chunks()
 
 
@@ -366,22 +407,3 @@ class _Encoder:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return _encode_block(table, self.job, self.device)
-
-
-def _read(folders: Mapping[str, str], blocks: int) -> Features:
-    """All blocks of all arms from the cache."""
-    from safetensors.torch import load
-
-    kept, failures, x = [], [], {}
-    for position, (name, folder) in enumerate(folders.items()):
-        parts = []
-        for number in range(blocks):
-            block = load(storage.read_bytes(storage.join(folder, _file(number))))
-            parts += [block["x"]] if "x" in block else []
-            if position == 0:
-                kept.append(block["kept"].numpy())
-                failures += json.loads(bytes(block["failures"].tolist()))
-            elif not np.array_equal(kept[number], block["kept"].numpy()):
-                raise InputRefused(f"{folder} and the cache beside it hold other clips: videos changed meanwhile; remove both")
-        x[name] = torch.cat(parts) if parts else torch.empty(0)
-    return Features(np.concatenate(kept) if kept else np.empty(0, np.int64), x, failures)
