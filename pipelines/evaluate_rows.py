@@ -39,6 +39,8 @@ class Plan(NamedTuple):
     labels: dict[str, np.ndarray]
     samples: dict[str, list[Sample]]
     failures: list[dict[str, Any]]
+    count: int
+    """Items, also where `items` was emptied to travel."""
 
 
 def pinned(text: str, before: str | None) -> CatalogRef:
@@ -129,12 +131,13 @@ def plan(ref: CatalogRef, samples: Sequence[Sample], views: ViewsConfig, clip: C
         {split: np.array([sample.label for sample in found], np.int64) for split, found in kept.items()},
         kept,
         failures,
+        len(items),
     )
 
 
 def without(plan: Plan, found: Features, max_failed: float, where: str) -> Plan:
     """The plan's rows of which every clip came out. Raises InputRefused, with names, where more than `max_failed` did not."""
-    came = np.zeros(len(plan.items), bool)
+    came = np.zeros(plan.count, bool)
     came[found.kept] = True
     total = sum(len(rows) for rows in plan.rows.values()) + len(plan.failures)
     whole = {split: came[rows].all(axis=(1, 2)) for split, rows in plan.rows.items()}
@@ -155,6 +158,7 @@ def without(plan: Plan, found: Features, max_failed: float, where: str) -> Plan:
         {split: labels[whole[split]] for split, labels in plan.labels.items()},
         {split: [s for s, k in zip(found, whole[split], strict=True) if k] for split, found in plan.samples.items()},
         failures,
+        plan.count,
     )
 
 
@@ -164,7 +168,7 @@ def splits_of(plan: Plan, found: Features, x: Tensor, names: Sequence[str], pool
     `x` are those of the items in `found.kept`, [K, D] or [K, N, D]. `pool` joins the clips of a row: "tokens" one after the
     other, "mean" to their mean over clips and tokens, "flat" as well and over views (k-NN takes one feature a row).
     """
-    place = np.full(len(plan.items), -1)
+    place = np.full(plan.count, -1)
     place[found.kept] = np.arange(len(found.kept))
     ways: dict[str, Callable[[Tensor], Tensor]] = {
         "tokens": lambda part: part.flatten(2, 3),

@@ -40,7 +40,8 @@ BLOCK_BYTES = 32 << 20
 BLOCK_ITEMS = 64
 POOLED = (4, 12, 12)
 """What pixels and frame differences are averaged to at most, along time, height and width, where one row a clip is kept."""
-SUFFIX = ".safetensors"
+DATA, DONE = ".safetensors", ".json"
+"""Files of a block: features, and then what came out and what did not."""
 
 
 class Item(NamedTuple):
@@ -173,24 +174,23 @@ def fill(
     return Cache(folders, len(blocks))
 
 
-def read(cache: Cache, names: Sequence[str] = ()) -> Features:
-    """Features of some arms, or of all, from the cache. Raises InputRefused for one that does not belong to the others."""
+def read(cache: Cache, names: Sequence[str] | None = None) -> Features:
+    """Features of some arms, or of all, from the cache; of none, what came out. Raises InputRefused where arms do not agree."""
     from safetensors.torch import load
 
-    kept, failures, x = [], [], {}
-    for name in names or cache.folders:
-        parts, came = [], []
-        for number in range(cache.blocks):
-            block = load(storage.read_bytes(storage.join(cache.folders[name], _file(number))))
-            parts += [block["x"]] if "x" in block else []
-            came.append(block["kept"].numpy())
-            if not x:
-                failures += json.loads(bytes(block["failures"].tolist()))
-        x[name] = torch.cat(parts) if parts else torch.empty(0)
-        kept.append(np.concatenate(came) if came else np.empty(0, np.int64))
-        if not np.array_equal(kept[0], kept[-1]):
+    chosen = list(cache.folders) if names is None else list(names)
+    told, x = [], {}
+    for name in chosen or list(cache.folders)[:1]:
+        blocks = [json.loads(storage.read_bytes(_file(cache.folders[name], n, DONE))) for n in range(cache.blocks)]
+        told.append([block["kept"] for block in blocks])
+        if told[-1] != told[0]:
             raise InputRefused(f"{cache.folders[name]} holds other clips than the cache beside it: remove both, videos changed")
-    return Features(kept[0], x, failures)
+        failures = [failure for block in blocks for failure in block["failures"]]
+        if name in chosen:
+            wanted = [n for n, block in enumerate(blocks) if block["kept"]]
+            parts = [load(storage.read_bytes(_file(cache.folders[name], n, DATA)))["x"] for n in wanted]
+            x[name] = torch.cat(parts) if parts else torch.empty(0)
+    return Features(np.array([item for block in told[0] for item in block], np.int64), x, failures)
 
 
 def encode(arm: Arm, frames: np.ndarray, keep: Keep, device: str = "cpu") -> Tensor:
@@ -271,15 +271,15 @@ def _missing(folders: Mapping[str, str], blocks: int) -> dict[int, list[str]]:
     """{block: arms that do not have it}, without the blocks that all have."""
     found = {}
     for name, folder in folders.items():
-        have = {info.uri.rpartition("/")[2] for info in storage.list_files(folder, (SUFFIX,), missing_ok=True)}
+        have = {info.uri for info in storage.list_files(folder, (DONE,), missing_ok=True)}
         for number in range(blocks):
-            if _file(number) not in have:
+            if _file(folder, number, DONE) not in have:
                 found.setdefault(number, []).append(name)
     return dict(sorted(found.items()))
 
 
-def _file(number: int) -> str:
-    return f"{number:07d}{SUFFIX}"
+def _file(folder: str, number: int, suffix: str) -> str:
+    return storage.join(folder, f"{number:07d}{suffix}")
 
 
 def _run(
@@ -381,14 +381,14 @@ def _encode_block(table: pa.Table, job: _Job, device: str) -> pa.Table:
     try:
         unit = units.unit_of(table)
         frames = unit.array(FRAMES, np.uint8, (len(unit.samples), job.clip.num_frames, job.clip.crop_size, job.clip.crop_size, 3))
-        told = torch.frombuffer(bytearray(json.dumps(unit.failures).encode()), dtype=torch.uint8)
+        told = json.dumps({"kept": unit.samples.tolist(), "failures": unit.failures}).encode()
         arms = ray.get(job.arms)
         for place in unit.datasets.tolist():
             name = sorted(job.folders)[place]
-            block = {"kept": torch.from_numpy(unit.samples.copy()), "failures": told}
             if len(frames):
-                block["x"] = encode(arms[name], frames, job.keep, device).contiguous()
-            storage.write_bytes(storage.join(job.folders[name], _file(unit.number)), save(block))
+                block = save({"x": encode(arms[name], frames, job.keep, device).contiguous()})
+                storage.write_bytes(_file(job.folders[name], unit.number, DATA), block)
+            storage.write_bytes(_file(job.folders[name], unit.number, DONE), told)
     except JepaError as error:
         return units.empty(0, 0, (), f"{type(error).__name__}: {error}")
     return units.empty(unit.number, 0, ())

@@ -102,13 +102,16 @@ def test_features_are_cached_by_block_and_arm_and_failures_are_rows(catalog_uri,
         torch.testing.assert_close(found.x[name][3:4], features.encode(arm, frames[None, :, 0, 0, 0], "tokens"))
 
     before = {info.uri: info.modified for info in storage.list_files(str(tmp_path))}
-    assert len(before) == 2 * 3
-    gone = sorted(before)[1]
+    assert len(before) == 2 * 2 * 3
+    gone = sorted(uri for uri in before if uri.endswith(features.DONE))[1]
     storage.delete([gone])
     again = features.extract(ref, items, arms | {"more": Arm("random", SMALL, seed=7)}, CLIP, "tokens", str(tmp_path), reporter)
     after = {info.uri: info.modified for info in storage.list_files(str(tmp_path))}
-    assert {uri for uri in before if after[uri] == before[uri]} == set(before) - {gone}
-    assert len(after) == 9
+    assert {uri for uri in before if after[uri] == before[uri]} == set(before) - {
+        gone,
+        gone.replace(features.DONE, features.DATA),
+    }
+    assert len(after) == 2 * 9
     assert all(torch.equal(again.x[name], found.x[name]) for name in arms)
     assert not torch.equal(again.x["more"], again.x["random"])
     with pytest.raises(InputRefused, match="nobody"):
