@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines import bench_config as bench_schema
 from pipelines import config as schema
+from pipelines import evaluate_config as evaluate_schema
 from pipelines import ingest_config as ingest_schema
 from pipelines import ledger_config as ledger_schema
 from pipelines import presets
@@ -102,6 +103,20 @@ VERBS = {
         (),
         ("run.dir",),
         ("what",),
+    ),
+    "evaluate probe": Verb(
+        evaluate_schema.ProbeEvaluationConfig,
+        "pipelines.evaluate_probe",
+        "classes of labelled videos from frozen features, beside controls",
+        ("model", "catalog", "labels"),
+        ("run.dir",),
+    ),
+    "evaluate anticipation": Verb(
+        evaluate_schema.AnticipationConfig,
+        "pipelines.evaluate_anticipation",
+        "the action that comes next, from the clip before it",
+        ("model", "catalog", "train", "validation"),
+        ("run.dir",),
     ),
     "demo": Verb(schema.DemoConfig, "pipelines.demo", "all of the above at toy scale", ("source",), ("dir",)),
 }

@@ -18,10 +18,15 @@ CLASSES_NAMED = 40
 """Up to so many classes, the confusion matrix names them."""
 
 
-def measured(values: Sequence[float], rows: int) -> dict[str, Any]:
-    """Mean of shares in [0, 1], one for each seed, and its interval: {mean, low, high, by, values}."""
+def measured(values: Sequence[float], rows: int | None) -> dict[str, Any]:
+    """Mean of shares in [0, 1], one for each seed, and its interval: {mean, low, high, by, values}.
+
+    `rows` are the test rows of which each value is a share; None where it is another mean, which has an interval over seeds only.
+    """
     if len(values) > 1 and max(values) > min(values):
         found, by = mean_interval(values), SEEDS
+    elif rows is None:
+        return {"mean": float(np.mean(values)), "low": None, "high": None, "by": None, "values": list(values)}
     else:
         found, by = wilson_interval(round(float(np.mean(values)) * rows), rows), ROWS
     return {"mean": float(np.mean(values)), "low": found.low, "high": found.high, "by": by, "values": list(values)}
@@ -36,7 +41,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any
     return {"mean": found.mean, "low": found.low, "high": found.high, "p_t": found.p_t, "p_sign_flip": found.p_sign_flip}
 
 
-def scores(values: Mapping[tuple[str, str], Sequence[float]], rows: int, first: str) -> dict[str, Any]:
+def scores(values: Mapping[tuple[str, str], Sequence[float]], rows: int | None, first: str) -> dict[str, Any]:
     """{arms: [...], differences: [...]} from values of each seed by (arm, probe); `first` is what the others are taken from."""
     arms = [{"arm": arm, "probe": probe, **measured(found, rows)} for (arm, probe), found in values.items()]
     apart = [
@@ -88,7 +93,8 @@ def bars(result: Mapping[str, Any], what: str, chance: float | None) -> bytes:
         found = [(place, cells[arm, probe]) for place, probe in enumerate(probes) if (arm, probe) in cells]
         places = [place + (number - (len(arms) - 1) / 2) * width for place, _ in found]
         means = np.array([100 * line["mean"] for _, line in found])
-        errors = np.abs(np.array([[100 * line["low"], 100 * line["high"]] for _, line in found]).T - means)
+        ends = [[line["mean"] if line[end] is None else line[end] for end in ("low", "high")] for _, line in found]
+        errors = np.abs(100 * np.array(ends).T - means)
         colour = BAR_COLOURS[number % len(BAR_COLOURS)]
         ax.bar(places, means, 0.92 * width, yerr=errors, label=arm.replace("_", " "), color=colour, ecolor="#202124", capsize=2)
     if chance is not None:
