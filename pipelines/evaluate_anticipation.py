@@ -246,7 +246,9 @@ def _prepare(
     lost = features.read(cache, ()).failures
     if len(lost) > config.max_failed * len(items):
         names = few([f"{shown[row['item']].name} ({row['reason']})" for row in lost])
-        raise InputRefused(f"{ref}: {len(lost)} of {len(items)} clips do not decode, more than {config.max_failed=:g}: {names}")
+        raise InputRefused(
+            f"{ref}: {len(lost)} of {len(items)} clips do not decode, more than max_failed={config.max_failed:g}: {names}"
+        )
     failures += [{**row, "name": shown[row["item"]].name} for row in lost]
     return Shared(config, run_dir, compared, shown, sizes, cache), failures
 
@@ -294,6 +296,8 @@ def _finish(
     clip = asdict(shared.compared.clip)
     result = {
         "task": "anticipation",
+        "lead": f"What comes next, {config.gap:g} s ahead, protocol {config.protocol}: "
+        + ("the clip ends before the action starts." if config.protocol == "strict" else "the clip may show the action itself."),
         "protocol": config.protocol,
         "metric": "class-mean recall@5 over the classes of the validation list",
         "gap": config.gap,
@@ -305,6 +309,7 @@ def _finish(
         "list": notes,
         "failures": evaluate_arms.failures_told(failures),
         **evaluate_table.scores(values, None, TRAINED),
+        "pictures": [{"file": RECALL, "caption": f"Class-mean recall@5 under the {config.protocol} protocol."}],
     }
     picture = evaluate_table.bars(result, f"class-mean recall@5, %, {config.protocol}", None)
     storage.write_bytes(storage.join(shared.run_dir, RECALL), picture)

@@ -226,11 +226,14 @@ def _finish(shared: Shared, labelled: Labelled, results: dict[Unit, dict[str, An
     )
     counts = evaluate_table.confusion(labels, results[shown]["predicted"], len(shared.classes))
     guessing = float(np.bincount(labels, minlength=len(shared.classes)).max() / len(labels))
+    clips = asdict(config.clips) | {key: getattr(shared.compared.clip, key) for key in ("num_frames", "fps", "crop_size")}
     result = {
         "task": "probe",
+        "lead": f"{len(shared.classes)} classes, read out of frozen features; always guessing the most frequent one is right in "
+        f"{guessing:.1%}.",
         "catalog": config.catalog,
         "models": models(config.model),
-        "clip": {key: asdict(shared.compared.clip)[key] for key in ("num_frames", "fps", "crop_size")} | asdict(config.clips),
+        "clip": clips,
         "classes": list(shared.classes),
         "splits": {split: len(rows) for split, rows in plan.labels.items()},
         "guessing": guessing,
@@ -238,8 +241,11 @@ def _finish(shared: Shared, labelled: Labelled, results: dict[Unit, dict[str, An
         "failures": evaluate_arms.failures_told(plan.failures),
         **scores,
         "confusion": {"arm": shown.arm, "seed": shown.seed, "probe": shown.column, "counts": counts.tolist()},
+        "pictures": [
+            {"file": ACCURACY, "caption": "Test accuracy by probe and features. The dashed line is guessing."},
+            {"file": CONFUSION, "caption": f"What the {shown.column} probe of the trained features takes for what."},
+        ],
     }
-    result["clip"] |= {key: asdict(shared.compared.clip)[key] for key in ("num_frames", "fps", "crop_size")}
     storage.write_bytes(storage.join(shared.run_dir, ACCURACY), evaluate_table.bars(result, "test accuracy, %", guessing))
     title = f"{shown.column} probe of the trained encoder, seed {shown.seed}"
     picture = evaluate_table.confusion_picture(counts, shared.classes, title)

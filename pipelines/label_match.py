@@ -109,17 +109,17 @@ def build(
     for row, video in found:
         start, stop = (None, None) if whole else (row.start, row.stop)
         key = (video["id"], start, stop)
-        if seen.setdefault(key, row) is not row:
-            before = seen[key]
+        if before := seen.get(key):
             if (before.label, before.split) != (row.label, row.split):
                 told = f"{before.label!r} in {before.split} and {row.label!r} in {row.split}"
                 raise InputRefused(f"{where}: {row.name} is named twice, as {told}: remove one of the rows")
             continue
+        seen[key] = row
         source = f"group:{row.group}" if row.group else video["id"]
         samples.append(Sample(video["id"], numbers[row.label], row.split or "", start, stop, source, row.name))
     samples = _joined(samples, {video["id"]: video for _, video in found})
-    samples, told = _completed(samples, chosen, where, validation_share, test_share, seed)
     _check_sources(samples, where)
+    samples, told = _completed(samples, chosen, where, validation_share, test_share, seed)
     _check_classes(samples, chosen, where)
     notes = {
         "rows": len(rows),

@@ -13,6 +13,7 @@ from pipelines import catalog, run_folder, storage
 from pipelines import report_figures as figures
 from pipelines.config import PretrainConfig
 from pipelines.errors import InputRefused
+from pipelines.report_evaluate import evaluation
 from pipelines.report_figures import BLUE, GREEN, MUTED, ORANGE, PURPLE, Series
 from pipelines.report_page import Card, Group, Picture, Row, Section, Table, centimetres, number, percent
 
@@ -49,7 +50,8 @@ SCHEDULE_CAPTION = "Learning rate as scheduled, and the gradient norm. Spikes of
 def build_section(run_dir: str, kind: str, config: Row) -> Section:
     """Read a run and lay out what the page says about it."""
     section = Section(run_dir, kind, config, PurePosixPath(run_dir).name)
-    builder = {"pretrain": _pretrain, "sweep": _sweep, "post-train": _post_train, "plan": _plan}[kind]
+    builders = {"pretrain": _pretrain, "sweep": _sweep, "post-train": _post_train, "plan": _plan, "evaluate": evaluation}
+    builder = builders[kind]
     section.attempt("The run", lambda: builder(section))
     section.attempt("Provenance", lambda: _provenance(section))
     return section
