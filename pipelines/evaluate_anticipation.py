@@ -8,7 +8,7 @@ Legend: R rows (annotated actions), N tokens, D width.
 import csv
 import hashlib
 import io
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ from pipelines import (
 from pipelines.catalog_schema import CatalogRef
 from pipelines.errors import InputRefused
 from pipelines.evaluate_arms import FRAME_DIFFERENCE, PIXELS, RANDOM, TRAINED, Compared
-from pipelines.evaluate_config import AnticipationConfig, models
+from pipelines.evaluate_config import AnticipationConfig
 from pipelines.features import Cache, Item
 from pipelines.label_lists import TEST, TRAIN, VALIDATION
 from pipelines.label_match import few
@@ -89,27 +89,24 @@ class Shared(NamedTuple):
 
 def run(config: AnticipationConfig, reporter: Reporter) -> dict[str, Any]:
     """Match, decode and encode, train heads, tell recalls. Returns the action recalls. Raises as evaluate_probe.run does."""
-    run_dir, before = evaluate_arms.begin(config)
-    ref = evaluate_rows.pinned(config.catalog, before)
-    uris = [storage.normalize(uri) for uri in models(config.model)]
-    config = replace(config, catalog=str(ref), model=uris, seeds=len(uris) if len(uris) > 1 else config.seeds)
-    if before is not None:
-        run_folder.refuse_other_run(run_dir, config)
-    size = ClipConfig(num_frames=config.num_frames, fps=config.fps, crop_size=config.crop_size)
-    compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size)
-    actions, words, notes = _actions(config, ref, run_dir)
-    run_folder.begin(config.run, config)
+    config = evaluate_arms.pinned(config)
+    run_dir, ref = config.run.dir, catalog.parse_ref(config.catalog)
     arms = (TRAINED, *(name for name in (RANDOM, PIXELS, FRAME_DIFFERENCE) if name in config.controls))
     todo = [Unit(arm, seed) for seed in range(config.seeds) for arm in arms]
     missing = [unit for unit in todo if evaluate_arms.read_unit(run_dir, unit.name) is None]
-    if missing or run_folder.read_json(run_dir, run_folder.RESULT) is None:
+    result = run_folder.read_json(run_dir, run_folder.RESULT)
+    if missing or result is None or result["seeds"] != config.seeds:
+        size = ClipConfig(num_frames=config.num_frames, fps=config.fps, crop_size=config.crop_size)
+        compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size)
+        actions, words, notes = _actions(config, ref, run_dir)
+        run_folder.begin(config.run, config)
         with ray_session.session(config.ray):
+            evaluate_arms.check_gpus(config.gpus)
             sizes = (len(words.verbs), len(words.nouns), len(words.actions))
             shared, failures = _prepare(config, run_dir, ref, compared, actions, sizes, reporter)
             evaluate_arms.run_tasks(_recall, [(unit,) for unit in missing], shared, config, reporter, len(missing))
         results = {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo}
-        _finish(shared, words, notes, failures, results)
-    result = run_folder.read_json(run_dir, run_folder.RESULT)
+        result = _finish(shared, words, notes, failures, results)
     title = f"jepa evaluate anticipation protocol={config.protocol}: class-mean recall@5, %"
     reporter.table(title, *evaluate_table.accuracy_table(result))
     reporter.table("differences, points", *evaluate_table.difference_table(result))
@@ -287,7 +284,8 @@ def _recall(unit: Unit, shared: Shared) -> list[str]:
 
 def _finish(
     shared: Shared, words: Vocabulary, notes: dict[str, Any], failures: list[dict[str, Any]], results: dict[Unit, dict[str, Any]]
-) -> None:
+) -> dict[str, Any]:
+    """Result and picture. Returns the result."""
     config = shared.config
     values: dict[tuple[str, str], list[float]] = {}
     for unit, result in results.items():
@@ -302,7 +300,8 @@ def _finish(
         "metric": "class-mean recall@5 over the classes of the validation list",
         "gap": config.gap,
         "catalog": config.catalog,
-        "models": models(config.model),
+        "models": config.model,
+        "seeds": config.seeds,
         "clip": {key: clip[key] for key in ("num_frames", "fps", "crop_size")},
         "classes": {"verb": len(words.verbs), "noun": len(words.nouns), "action": len(words.actions)},
         "splits": next(iter(results.values()))["rows"],
@@ -314,3 +313,4 @@ def _finish(
     picture = evaluate_table.bars(result, f"class-mean recall@5, %, {config.protocol}", None)
     storage.write_bytes(storage.join(shared.run_dir, RECALL), picture)
     run_folder.write_json(shared.run_dir, run_folder.RESULT, result)
+    return result

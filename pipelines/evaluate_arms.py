@@ -6,14 +6,14 @@ An evaluation is made of units, (arm, seed, ...), each with a JSON of its own in
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from jepa_core.config import AttentiveConfig, ClipConfig, EncoderConfig
 from jepa_core.encoder import clip_grid
-from pipelines import run_folder, storage
-from pipelines.errors import JepaError, Retryable, UsageError, unwrapped
+from pipelines import catalog, run_folder, storage
+from pipelines.errors import InputRefused, JepaError, Retryable, UsageError, unwrapped
 from pipelines.evaluate_config import models
 from pipelines.features import Arm, trained_arm
 from pipelines.pretrain import load_encoder
@@ -21,6 +21,7 @@ from pipelines.progress import Reporter
 
 TRAINED, RANDOM, PIXELS, FRAME_DIFFERENCE, SCRATCH = "trained", "random", "pixels", "frame_difference", "scratch"
 RESULTS, FEATURES = "results", "features"
+T = TypeVar("T")
 LISTED = 100
 """Failures that a result keeps; all are counted."""
 
@@ -45,7 +46,7 @@ def compared(model: Any, controls: Sequence[str], seeds: int, size: ClipConfig, 
 
     Raises UsageError for models of different shapes or for sizes that do not fit, InputRefused for what is no model.
     """
-    uris = [storage.normalize(uri) for uri in models(model)]
+    uris = models(model)
     _, trained = load_encoder(uris[0])
     clip = ClipConfig(
         num_frames=size.num_frames or trained.clip.num_frames,
@@ -102,20 +103,48 @@ def fitting(config: AttentiveConfig, arm: Arm, width: int) -> AttentiveConfig:
     return replace(config, heads=fits[0])
 
 
-def begin(config: Any) -> tuple[str, str | None]:
-    """Claim the run folder: (its URI, the catalog that it was begun with). The caller writes its configuration once pinned.
+def pinned(config: T) -> T:
+    """The configuration with absolute URIs, the catalog's version, and checkpoints in place of runs: those that the folder was
+    begun with, where it was. The number of seeds is that of several models.
 
-    Raises UsageError for resume=never in a used folder, InputRefused for resume=must in an unused one.
+    Raises UsageError for resume=never in a used folder and for the folder of another run, InputRefused for resume=must in an
+    unused one.
     """
     run_dir = storage.normalize(config.run.dir)
     storage.check_bucket(run_dir)
-    if not run_folder.is_run(run_dir):
-        if config.run.resume == "must":
-            raise run_folder.InputRefused(f"run.resume=must, but {run_dir} holds no evaluation: use run.resume=auto to start")
-        return run_dir, None
-    if config.run.resume == "never":
+    used = run_folder.is_run(run_dir)
+    if not used and config.run.resume == "must":
+        raise InputRefused(f"run.resume=must, but {run_dir} holds no evaluation: use run.resume=auto to start")
+    if used and config.run.resume == "never":
         raise UsageError(f"{run_dir} holds a run already: use run.resume=auto to continue, or another run.dir")
-    return run_dir, run_folder.read_config(run_dir).get("catalog")
+    before = run_folder.read_config(run_dir) if used else {}
+    ref, old = catalog.parse_ref(config.catalog), before.get("catalog")
+    same = ref.version is None and old is not None and catalog.parse_ref(old).uri == ref.uri
+    uris = [_pinned_model(uri, before.get("model") or []) for uri in models(config.model)]
+    seeds = len(uris) if len(uris) > 1 else config.seeds
+    run = replace(config.run, dir=run_dir, resume="auto")
+    config = replace(config, catalog=old if same else str(catalog.pin(ref)), model=uris, seeds=seeds, run=run)
+    if used:
+        run_folder.refuse_other_run(run_dir, config)
+    return config
+
+
+def _pinned_model(uri: str, before: Sequence[str]) -> str:
+    """The newest checkpoint of a run, or the one of before; other models as they are."""
+    uri = storage.normalize(uri)
+    if run_folder.checkpoint_at(uri) or not run_folder.is_run(uri):
+        return uri
+    known = [model for model in before if model.startswith(f"{uri}/{run_folder.CHECKPOINTS}/")]
+    return known[0] if known else run_folder.require_checkpoint(uri).uri
+
+
+def check_gpus(gpus: float) -> None:
+    """Raises UsageError where no node of the session has so many GPUs: a task would wait for ever."""
+    import ray
+
+    most = max((node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    if gpus > most:
+        raise UsageError(f"gpus={gpus:g}, but no node of the cluster has more than {most:g}: give gpus=0 to compute on CPUs")
 
 
 def device(gpus: float) -> str:

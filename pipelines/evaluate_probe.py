@@ -19,11 +19,21 @@ from jepa_core.config import ClipConfig
 from jepa_core.probe import standardise
 from jepa_core.readout import Readout, Rows, Splits, attentive_probe, few_labels, knn_probe, linear_probe
 from jepa_core.weights import ENCODER, PROBE, ModelConfig
-from pipelines import evaluate_arms, evaluate_rows, evaluate_table, features, model_folder, ray_session, run_folder, storage
+from pipelines import (
+    catalog,
+    evaluate_arms,
+    evaluate_rows,
+    evaluate_table,
+    features,
+    model_folder,
+    ray_session,
+    run_folder,
+    storage,
+)
 from pipelines.catalog_schema import CatalogRef
 from pipelines.errors import InputRefused
 from pipelines.evaluate_arms import FRAME_DIFFERENCE, PIXELS, RANDOM, SCRATCH, TRAINED, Compared
-from pipelines.evaluate_config import ProbeEvaluationConfig, models
+from pipelines.evaluate_config import ProbeEvaluationConfig
 from pipelines.evaluate_rows import Plan
 from pipelines.evaluate_scratch import SUPERVISED, check_small, train_from_scratch
 from pipelines.features import Cache
@@ -71,29 +81,24 @@ def run(config: ProbeEvaluationConfig, reporter: Reporter) -> dict[str, Any]:
 
     Raises UsageError and InputRefused as the modules that it calls do.
     """
-    run_dir, before = evaluate_arms.begin(config)
-    ref = evaluate_rows.pinned(config.catalog, before)
-    uris = [storage.normalize(uri) for uri in models(config.model)]
-    config = replace(config, catalog=str(ref), model=uris, seeds=len(uris) if len(uris) > 1 else config.seeds)
-    if before is not None:
-        run_folder.refuse_other_run(run_dir, config)
-    size = ClipConfig(num_frames=config.clips.num_frames, fps=config.clips.fps, crop_size=config.clips.crop_size)
-    compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size, config.blocks)
-    if config.scratch:
-        check_small(compared.arms[f"{TRAINED}-0"].encoder, config.from_scratch)
-    found = _labelled(config, ref, run_dir)
-    run_folder.begin(config.run, config)
+    config = evaluate_arms.pinned(config)
+    run_dir, ref = config.run.dir, catalog.parse_ref(config.catalog)
     todo = units(config)
     missing = [unit for unit in todo if evaluate_arms.read_unit(run_dir, unit.name) is None]
-    if missing or run_folder.read_json(run_dir, run_folder.RESULT) is None:
+    result = run_folder.read_json(run_dir, run_folder.RESULT)
+    if missing or result is None or result["seeds"] != config.seeds:
+        size = ClipConfig(num_frames=config.clips.num_frames, fps=config.clips.fps, crop_size=config.clips.crop_size)
+        compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size, config.blocks)
+        if config.scratch:
+            check_small(compared.arms[f"{TRAINED}-0"].encoder, config.from_scratch)
+        found = _labelled(config, ref, run_dir)
+        run_folder.begin(config.run, config)
         with ray_session.session(config.ray):
+            evaluate_arms.check_gpus(config.gpus)
             shared = _prepare(config, run_dir, ref, found, compared, reporter)
             calls = list(evaluate_arms.grouped(missing, lambda unit: (unit.arm, unit.seed)))
             evaluate_arms.run_tasks(_probe, [(group,) for _, group in calls], shared, config, reporter, len(missing))
-    results = {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo}
-    if missing or run_folder.read_json(run_dir, run_folder.RESULT) is None:
-        _finish(shared, found, results)
-    result = run_folder.read_json(run_dir, run_folder.RESULT)
+        result = _finish(shared, found, {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo})
     reporter.table("jepa evaluate probe: test accuracy, %", *evaluate_table.accuracy_table(result))
     reporter.table("differences, points", *evaluate_table.difference_table(result))
     first = {line["arm"]: line["mean"] for line in result["arms"] if line["probe"] == config.probes[0]}
@@ -208,8 +213,8 @@ def told(found: Readout) -> dict[str, Any]:
     }
 
 
-def _finish(shared: Shared, labelled: Labelled, results: dict[Unit, dict[str, Any]]) -> None:
-    """Result, pictures and the model with its probe."""
+def _finish(shared: Shared, labelled: Labelled, results: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
+    """Result, pictures and the model with its probe. Returns the result."""
     config, plan = shared.config, shared.plan
     values: dict[tuple[str, str], list[float]] = {}
     top5: dict[tuple[str, str], list[float]] = {}
@@ -232,7 +237,8 @@ def _finish(shared: Shared, labelled: Labelled, results: dict[Unit, dict[str, An
         "lead": f"{len(shared.classes)} classes, read out of frozen features; always guessing the most frequent one is right in "
         f"{guessing:.1%}.",
         "catalog": config.catalog,
-        "models": models(config.model),
+        "models": config.model,
+        "seeds": config.seeds,
         "clip": clips,
         "classes": list(shared.classes),
         "splits": {split: len(rows) for split, rows in plan.labels.items()},
@@ -253,6 +259,7 @@ def _finish(shared: Shared, labelled: Labelled, results: dict[Unit, dict[str, An
     if ATTENTIVE in config.probes and not model_folder.is_model(storage.join(shared.run_dir, MODEL)):
         _export(shared, results)
     run_folder.write_json(shared.run_dir, run_folder.RESULT, result)
+    return result
 
 
 def _export(shared: Shared, results: dict[Unit, dict[str, Any]]) -> None:

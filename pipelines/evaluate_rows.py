@@ -43,14 +43,6 @@ class Plan(NamedTuple):
     """Items, also where `items` was emptied to travel."""
 
 
-def pinned(text: str, before: str | None) -> CatalogRef:
-    """The catalog with its version: the one of `before`, where none is asked for and it is the same catalog."""
-    ref = catalog.parse_ref(text)
-    if ref.version is None and before is not None and catalog.parse_ref(before).uri == ref.uri:
-        return catalog.parse_ref(before)
-    return catalog.pin(ref)
-
-
 def labelled(config: ProbeEvaluationConfig, ref: CatalogRef) -> Labelled:
     """Read the lists and match them. Raises InputRefused as label_lists and label_match do."""
     where = str(config.labels or config.format)

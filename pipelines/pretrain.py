@@ -149,12 +149,16 @@ def start_from(module: Pretraining, optimizer: torch.optim.Optimizer, uri: str) 
 
 
 def load_encoder(uri: str) -> tuple[VisionTransformer, PretrainConfig]:
-    """The frozen encoder of a pretraining run or a model folder (the teacher, if there is one), in eval mode, and its training's
-    configuration. Raises InputRefused for anything else, and for a model folder that does not say how large its clips are.
+    """The frozen encoder of a pretraining run, of one of its checkpoints or of a model folder (the teacher, if there is one), in
+    eval mode, and its training's configuration. Raises InputRefused for anything else, and for a model folder that does not say
+    how large its clips are.
     """
-    config = None if model_folder.is_model(uri) else config_of(uri)
-    model = model_folder.read(uri)
-    config, parts = config or model_config(model, uri), model.parts
+    if at := run_folder.checkpoint_at(uri):
+        config, parts = config_of(at[0]), {TARGET_ENCODER: run_folder.load_weights(at[1], TARGET_ENCODER)}
+    else:
+        config = None if model_folder.is_model(uri) else config_of(uri)
+        model = model_folder.read(uri)
+        config, parts = config or model_config(model, uri), model.parts
     state = parts.get(TARGET_ENCODER, parts.get(ENCODER))
     if state is None:
         raise InputRefused(f"{uri} holds no encoder, only {', '.join(parts)}")
