@@ -39,7 +39,11 @@ def ridge_predictions(train_x: Tensor, train_y: Tensor, test_x: Tensor) -> Tenso
 
 def _ridge(train_x: Tensor, train_y: Tensor, test_x: Tensor, ridge: float) -> Tensor:
     offset = train_y.mean(0)
-    gram = train_x.T @ train_x + ridge * torch.eye(train_x.shape[1], dtype=train_x.dtype)
+    rows, width = train_x.shape
+    if rows < width:  # the same answer from the smaller system
+        gram = train_x @ train_x.T + ridge * torch.eye(rows, dtype=train_x.dtype)
+        return test_x @ (train_x.T @ torch.linalg.solve(gram, train_y - offset)) + offset
+    gram = train_x.T @ train_x + ridge * torch.eye(width, dtype=train_x.dtype)
     return test_x @ torch.linalg.solve(gram, train_x.T @ (train_y - offset)) + offset
 
 

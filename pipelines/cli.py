@@ -16,6 +16,7 @@ from pipelines import evaluate_config as evaluate_schema
 from pipelines import ingest_config as ingest_schema
 from pipelines import ledger_config as ledger_schema
 from pipelines import presets
+from pipelines import seeing_config as seeing_schema
 from pipelines.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, JepaError, UsageError
 from pipelines.progress import Reporter
 
@@ -116,6 +117,41 @@ VERBS = {
         "pipelines.evaluate_anticipation",
         "the action that comes next, from the clip before it",
         ("model", "catalog", "train", "validation"),
+        ("run.dir",),
+    ),
+    "evaluate label-free": Verb(
+        seeing_schema.LabelFreeConfig,
+        "pipelines.evaluate_label_free",
+        "arrow of time, playback speed and retrieval on unlabelled footage",
+        ("model", "catalog"),
+        ("run.dir",),
+    ),
+    "evaluate robot": Verb(
+        seeing_schema.RobotEvaluationConfig,
+        "pipelines.evaluate_robot",
+        "where a robot's hand and the objects are, from frozen features",
+        ("model", "trajectories"),
+        ("run.dir",),
+    ),
+    "evaluate decode": Verb(
+        seeing_schema.DecodeConfig,
+        "pipelines.evaluate_decode",
+        "pixels painted from frozen features: what they keep",
+        ("model", "catalog"),
+        ("run.dir",),
+    ),
+    "evaluate features": Verb(
+        seeing_schema.FeaturePicturesConfig,
+        "pipelines.evaluate_features",
+        "films and strips of features as colours",
+        ("model", "catalog"),
+        ("run.dir",),
+    ),
+    "evaluate masks": Verb(
+        seeing_schema.MaskPicturesConfig,
+        "pipelines.evaluate_masks",
+        "what a pretraining preset hides of real clips, before training",
+        ("catalog",),
         ("run.dir",),
     ),
     "demo": Verb(schema.DemoConfig, "pipelines.demo", "all of the above at toy scale", ("source",), ("dir",)),

@@ -101,7 +101,8 @@ def bars(result: Mapping[str, Any], what: str, chance: float | None) -> bytes:
         ax.axhline(100 * chance, color="#5f6368", linewidth=0.8, linestyle="--", label="guessing")
     ax.set_xticks(range(len(probes)), probes)
     ax.set_ylabel(what)
-    ax.set_ylim(bottom=0)
+    lowest = min(100 * line["mean"] for line in result["arms"])
+    ax.set_ylim(bottom=min(0.0, 1.1 * lowest))
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _png(figure)
 

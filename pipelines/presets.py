@@ -16,6 +16,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from pipelines.errors import InputRefused, UsageError
 
 T = TypeVar("T")
+BORROWED = {"evaluate masks": "pretrain"}
+"""Verbs that take the presets of another one."""
 
 
 def load(schema: type[T], verb: str, overrides: Sequence[str]) -> T:
@@ -77,7 +79,7 @@ def preset_names(verb: str) -> list[str]:
 
 def _folder(verb: str) -> Traversable:
     """Where a verb's presets lie; those of a verb of two words in a folder of the first one."""
-    return resources.files("configs").joinpath(*verb.split())
+    return resources.files("configs").joinpath(*BORROWED.get(verb, verb).split())
 
 
 def to_yaml(config: Any) -> str:
