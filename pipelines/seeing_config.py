@@ -182,7 +182,7 @@ class MaskPicturesConfig(PretrainConfig):
 
     clips: int = 6
     """Clips on the sheet, of each clip length."""
-    measured_steps: int = 200
+    measured_steps: int = 20
     """Steps whose masks are drawn for the effective ratios."""
 
     def check(self) -> None:
