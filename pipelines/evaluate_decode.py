@@ -1,8 +1,8 @@
 """jepa evaluate decode: a small decoder paints pixels from frozen features, of clips that it was not trained on.
 
-Its error is told as PSNR beside that of the mean picture of the training clips, which needs no features, and beside the same decoder
-on a randomly initialised encoder, which shows how much of the picture any encoder lets through. Intervals are Student's over held-out
-groups of footage (clip_groups.py).
+Its error is told as PSNR beside that of the mean picture of the training clips, which needs no features, and beside the same
+decoder on a randomly initialised encoder, which shows how much of the picture any encoder lets through. Intervals are
+Student's over held-out groups of footage (clip_groups.py).
 
     run.dir/features/        tokens and pixels, by features.py
     run.dir/results/         decoder and numbers of each arm and seed
@@ -221,7 +221,7 @@ def _finish(shared: Shared, results: dict[Unit, dict[str, Any]], failures: list[
 
 
 def scores(clips: dict[str, np.ndarray], groups: Sequence[str]) -> dict[str, Any]:
-    """{arms, differences} in dB from PSNR float64 [R] of clips and their groups: means over groups, differences paired by them."""
+    """{arms, differences} in dB from PSNR float64 [R] of clips and their groups: means over groups, paired differences."""
     names = list(dict.fromkeys(groups))
     of = np.array([names.index(group) for group in groups])
     means = {arm: [float(values[of == number].mean()) for number in range(len(names))] for arm, values in clips.items()}

@@ -1,7 +1,7 @@
 """jepa evaluate features: the three main directions of features as red, green and blue over real footage, films and strips.
 
-One basis for all clips of an encoder (jepa_core/feature_colours.py), so that a colour means the same in every film. Beside the trained
-encoder stands a randomly initialised one: edges and colours of the picture show in its features too.
+One basis for all clips of an encoder (jepa_core/feature_colours.py), so that a colour means the same in every film. Beside the
+trained encoder stands a randomly initialised one: edges and colours of the picture show in its features too.
 
     run.dir/NAME.mp4         the video, the trained encoder's features, a random one's
     run.dir/features.png     a strip of each
@@ -37,8 +37,8 @@ from pipelines.video import encode_video
 PICTURE = "features.png"
 HEADER, GAP, COLUMNS = 24, 4, 8
 HEAD = (
-    "The three main directions of each encoder's features, over all clips below, as red, green and blue: equal colours are similar "
-    "features, in every clip of a row of the same name. "
+    "The three main directions of each encoder's features, over all clips below, as red, green and blue: equal colours are "
+    "similar features, in every clip of a row of the same name. "
 )
 
 
