@@ -1,6 +1,7 @@
 """jepa evaluate: which clips stand for a video, probes that read what is there and nothing else, resuming, and refusals."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -284,7 +285,7 @@ def test_a_run_is_pinned_to_its_checkpoint_and_several_are_seeds(world, reporter
 def test_videos_that_fail_are_counted_and_too_many_are_refused(world, reporter):
     lines = (world / "labels.csv").read_text().splitlines()
     bad = world / "videos" / "train-red-0.mp4"
-    whole = bad.read_bytes()
+    whole, before = bad.read_bytes(), bad.stat()
     bad.write_bytes(whole[: len(whole) // 3])  # since it was ingested
     try:
         small = ["probes=[linear]", "controls=[]", "seeds=1"]
@@ -293,13 +294,14 @@ def test_videos_that_fail_are_counted_and_too_many_are_refused(world, reporter):
         result = probe(world, reporter, *small, "max_failed=0.1", name="failed")
     finally:
         bad.write_bytes(whole)
+        os.utime(bad, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert result["failures"]["count"] == 1
     assert "train-red-0" in result["failures"]["first"][0]["name"]
     assert result["splits"]["train"] == 17
     (world / "more.csv").write_text("\n".join([*lines, "gone.mp4,red,train"]) + "\n")
     with pytest.raises(InputRefused, match=r"1 of 43 rows .*gone\.mp4"):
         probe(world, reporter, *small, name="missing", labels="more.csv")
-    with pytest.raises(UsageError, match="max_gb=0.0001"):
+    with pytest.raises(UsageError, match=r"max_gb is 0\.0001"):
         probe(world, reporter, "attentive.heads=2", "max_gb=0.0001", name="large")
     with pytest.raises(UsageError, match=r"attentive\.heads=16 .*give attentive\.heads=4"):
         probe(world, reporter, "probes=[attentive]", "controls=[]", name="heads")
