@@ -227,6 +227,8 @@ def _prepare(
     sizes: tuple[int, int, int], reporter: Reporter,
 ) -> tuple[Shared, list[dict[str, Any]]]:  # fmt: skip
     """Fill the cache of features. Returns what the tasks need, and what did not come out."""
+    arm = compared.arms[f"{TRAINED}-0"]
+    evaluate_arms.fitting(config.attentive, arm, arm.encoder.dim)
     times = evaluate_rows.frame_times(ref, {action.video for action in actions})
     items, shown, failures = [], [], []
     for number, action in enumerate(actions):

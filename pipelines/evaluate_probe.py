@@ -130,6 +130,9 @@ def _prepare(
     """Fill the cache of features, and leave out the rows that did not come out."""
     plan = evaluate_rows.plan(ref, found.samples, config.clips, compared.clip)
     attentive = ATTENTIVE in config.probes
+    if attentive:
+        arm = compared.arms[f"{TRAINED}-0"]
+        evaluate_arms.fitting(config.attentive, arm, arm.encoder.dim)
     tokens = dict(compared.arms) if attentive else {}
     if config.scratch:
         tokens[PIXELS] = features.Arm(PIXELS, compared.arms[f"{TRAINED}-0"].encoder)

@@ -1,6 +1,7 @@
 """jepa evaluate: which clips stand for a video, probes that read what is there and nothing else, resuming, and refusals."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ from pipelines import (
     features,
     ingest,
     model_folder,
+    pretrain,
     report,
     run_folder,
 )
-from pipelines.config import ReportConfig
+from pipelines.config import PretrainConfig, ReportConfig
 from pipelines.errors import InputRefused, UsageError
 from pipelines.evaluate_config import ProbeEvaluationConfig, ViewsConfig
 from pipelines.ingest_config import IngestConfig
@@ -230,3 +232,78 @@ def test_shuffled_labels_are_not_read(world, reporter):
     result = probe(world, reporter, "probes=[linear,knn]", "seeds=3", name="shuffled", labels="shuffled.csv")
     assert max(accuracy(result).values()) < 0.7, accuracy(result)
     assert "controls" in run_folder.read_config(f"{world}/shuffled")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("preset", ["kinetics", "ssv2", "diving48"])
+def test_the_smoke_twin_of_every_preset_runs_on_a_list_of_its_form(world, reporter, preset):
+    rows = [line.split(",") for line in (world / "labels.csv").read_text().splitlines()[1:]]
+    numbers = {hue: number for number, hue in enumerate(HUES)}
+    given = [f"preset={preset}", "smoke=true"]
+    for split in ("train", "test"):
+        mine = [(Path(path).stem, label) for path, label, found in rows if found == split]
+        forms = {
+            "kinetics": "".join(f"/data/{stem}.mp4 {numbers[label]}\n" for stem, label in mine),
+            "ssv2": json.dumps([{"id": stem, "template": f"Showing [something] {label}"} for stem, label in mine]),
+            "diving48": json.dumps([{"vid_name": stem, "label": numbers[label]} for stem, label in mine]),
+        }
+        file = world / f"{preset}-{split}.{'csv' if preset == 'kinetics' else 'json'}"
+        file.write_text(forms[preset])
+        given.append(f"labels.{split}={file}")
+    where = [f"model={world}/model", f"catalog={world}/catalog", f"run.dir={world}/{preset}"]
+    evaluate_probe.run(load(ProbeEvaluationConfig, "evaluate probe", [*where, *given]), reporter)
+    result = run_folder.read_json(f"{world}/{preset}", run_folder.RESULT)
+    assert result["splits"] == {"train": 15, "validation": 3, "test": 15}, "validation was cut from train"
+    assert all(0 <= value <= 1 for value in accuracy(result).values())
+    assert result["classes"][0] == ("Showing something blue" if preset == "ssv2" else "0")
+
+
+@pytest.mark.ray
+def test_a_run_is_pinned_to_its_checkpoint_and_several_are_seeds(world, reporter):
+    given = ["preset=moving_digits_tiny", "smoke=true", f"catalog={world}/catalog", "train.num_workers=0", "train.steps=2"]
+    runs = [f"{world}/pretrain-{seed}" for seed in range(2)]
+    for seed, uri in enumerate(runs):
+        pretrain.run(load(PretrainConfig, "pretrain", [*given, f"seed={seed}", f"run.dir={uri}"]), reporter)
+    small = ["probes=[linear]", "controls=[random]", f"model=[{','.join(runs)}]", "seeds=5"]
+    result = probe(world, reporter, *small, name="several")
+    pinned = [run_folder.latest_checkpoint(uri).uri for uri in runs]
+    assert (result["models"], result["seeds"]) == (pinned, 2), "one seed for each model"
+    assert [len(line["values"]) for line in result["arms"]] == [2, 2]
+    first, config = pretrain.load_encoder(pinned[0])
+    whole, _ = pretrain.load_encoder(runs[0])
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), whole.parameters(), strict=True))
+    assert result["clip"]["crop_size"] == config.clip.crop_size
+    # The run goes on: the evaluation stays with what it has read.
+    pretrain.run(load(PretrainConfig, "pretrain", [*given[:-1], "train.steps=4", "seed=0", f"run.dir={runs[0]}"]), reporter)
+    assert run_folder.latest_checkpoint(runs[0]).uri != pinned[0]
+    assert probe(world, reporter, *small, name="several") == result
+    with pytest.raises(InputRefused, match="no committed checkpoint"):
+        pretrain.load_encoder(f"{runs[0]}/checkpoints/step_00000099-torn")
+
+
+@pytest.mark.ray
+def test_videos_that_fail_are_counted_and_too_many_are_refused(world, reporter):
+    lines = (world / "labels.csv").read_text().splitlines()
+    bad = world / "videos" / "train-red-0.mp4"
+    whole, before = bad.read_bytes(), bad.stat()
+    bad.write_bytes(whole[: len(whole) // 3])  # since it was ingested
+    try:
+        small = ["probes=[linear]", "controls=[]", "seeds=1"]
+        with pytest.raises(InputRefused, match=r"1 of 42 samples .*train-red-0"):
+            probe(world, reporter, *small, "max_failed=0.01", name="failed")
+        result = probe(world, reporter, *small, "max_failed=0.1", name="failed")
+    finally:
+        bad.write_bytes(whole)
+        os.utime(bad, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert result["failures"]["count"] == 1
+    assert "train-red-0" in result["failures"]["first"][0]["name"]
+    assert result["splits"]["train"] == 17
+    (world / "more.csv").write_text("\n".join([*lines, "gone.mp4,red,train"]) + "\n")
+    with pytest.raises(InputRefused, match=r"1 of 43 rows .*gone\.mp4"):
+        probe(world, reporter, *small, name="missing", labels="more.csv")
+    with pytest.raises(UsageError, match=r"max_gb is 0\.0001"):
+        probe(world, reporter, "attentive.heads=2", "max_gb=0.0001", name="large")
+    with pytest.raises(UsageError, match=r"attentive\.heads=16 .*give attentive\.heads=4"):
+        probe(world, reporter, "probes=[attentive]", "controls=[]", name="heads")
+    with pytest.raises(UsageError, match="gpus=99"):
+        probe(world, reporter, *small, "gpus=99", name="gpus")

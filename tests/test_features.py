@@ -116,3 +116,25 @@ def test_features_are_cached_by_block_and_arm_and_failures_are_rows(catalog_uri,
     assert not torch.equal(again.x["more"], again.x["random"])
     with pytest.raises(InputRefused, match="nobody"):
         features.extract(ref, [Item("nobody", items[0].pts)], arms, CLIP, "mean", str(tmp_path), reporter)
+
+
+@pytest.mark.ray
+def test_the_actor_that_encodes_gives_what_the_tasks_give(catalog_uri, ray_session, reporter, tmp_path):
+    """The stage for GPUs, on this machine's device: decoding and encoding apart."""
+    import ray
+
+    ref = catalog.pin(catalog.parse_ref(catalog_uri))
+    row = catalog.read_videos(ref).to_pylist()[0]
+    pts = catalog.frame_times(ref, row)
+    items = [Item(row["id"], pts[n : n + 4]) for n in range(3)]
+    arms = {"pixels": Arm("pixels", SMALL), "random": Arm("random", SMALL)}
+    wanted = features.extract(ref, items, arms, CLIP, "mean", f"{tmp_path}/tasks", reporter)
+    folders = {name: f"{tmp_path}/actor/{name}" for name in arms}
+    entries = features._entries(ref, items, CLIP)
+    job = features._Job(ref, CLIP, "mean", folders, ray.put(arms), ray.put(entries))
+    table = features._decode(features._plan(0, list(arms), range(3), items, {row["id"]: 0}), job)
+    features._Encoder(job)(table)
+    found = features.read(features.Cache(folders, 1))
+    assert found.kept.tolist() == wanted.kept.tolist() == [0, 1, 2]
+    for name in arms:
+        torch.testing.assert_close(found.x[name], wanted.x[name], atol=0.02, rtol=0.02)
