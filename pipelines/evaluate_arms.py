@@ -118,15 +118,23 @@ def pinned(config: T) -> T:
     if used and config.run.resume == "never":
         raise UsageError(f"{run_dir} holds a run already: use run.resume=auto to continue, or another run.dir")
     before = run_folder.read_config(run_dir) if used else {}
-    ref, old = catalog.parse_ref(config.catalog), before.get("catalog")
-    same = ref.version is None and old is not None and catalog.parse_ref(old).uri == ref.uri
     uris = [_pinned_model(uri, before.get("model") or []) for uri in models(config.model)]
-    seeds = len(uris) if len(uris) > 1 else config.seeds
-    run = replace(config.run, dir=run_dir, resume="auto")
-    config = replace(config, catalog=old if same else str(catalog.pin(ref)), model=uris, seeds=seeds, run=run)
+    changes = {"model": uris, "run": replace(config.run, dir=run_dir, resume="auto")}
+    if hasattr(config, "catalog"):
+        changes["catalog"] = _pinned_catalog(config.catalog, before.get("catalog"))
+    if len(uris) > 1:
+        changes["seeds"] = len(uris)
+    config = replace(config, **changes)
     if used:
         run_folder.refuse_other_run(run_dir, config)
     return config
+
+
+def _pinned_catalog(text: str, before: str | None) -> str:
+    """The catalog with its version: the one of before, where none is asked for and it is the same catalog."""
+    ref = catalog.parse_ref(text)
+    same = ref.version is None and before is not None and catalog.parse_ref(before).uri == ref.uri
+    return before if same else str(catalog.pin(ref))
 
 
 def _pinned_model(uri: str, before: Sequence[str]) -> str:

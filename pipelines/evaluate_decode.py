@@ -27,9 +27,9 @@ from jepa_core.positions import Grid
 from jepa_core.sampling import Stream, clip_times, generator
 from jepa_core.statistics import mean_interval, paired_difference
 from pipelines import (
+    catalog,
     clip_groups,
     evaluate_arms,
-    evaluate_rows,
     features,
     frame_sheet,
     model_folder,
@@ -93,18 +93,15 @@ def run(config: DecodeConfig, reporter: Reporter) -> dict[str, Any]:
 
     Raises UsageError and InputRefused as the modules that it calls do.
     """
-    run_dir, before = evaluate_arms.begin(config)
-    ref = evaluate_rows.pinned(config.catalog, before)
-    uris = [storage.normalize(uri) for uri in models(config.model)]
-    config = replace(config, catalog=str(ref), model=uris, seeds=len(uris) if len(uris) > 1 else config.seeds)
-    if before is not None:
-        run_folder.refuse_other_run(run_dir, config)
-    shown = config.footage
-    size = ClipConfig(num_frames=shown.num_frames, fps=shown.fps, crop_size=shown.crop_size)
-    compared = evaluate_arms.compared(config.model, (RANDOM, PIXELS), config.seeds, size)
+    config = evaluate_arms.pinned(config)
+    run_dir, ref = config.run.dir, catalog.parse_ref(config.catalog)
     todo = [Unit(arm, seed) for seed in range(config.seeds) for arm in (TRAINED, RANDOM)] + [Unit(MEAN_PICTURE, 0)]
     missing = [unit for unit in todo if evaluate_arms.read_unit(run_dir, unit.name) is None]
-    if missing or run_folder.read_json(run_dir, run_folder.RESULT) is None:
+    result = run_folder.read_json(run_dir, run_folder.RESULT)
+    if missing or result is None or result["seeds"] != config.seeds:
+        shown = config.footage
+        size = ClipConfig(num_frames=shown.num_frames, fps=shown.fps, crop_size=shown.crop_size)
+        compared = evaluate_arms.compared(config.model, (RANDOM, PIXELS), config.seeds, size)
         footage = clip_groups.read_footage(ref, shown.only, shown.max_videos)
         span = (compared.clip.num_frames - 1) / compared.clip.fps
         groups = clip_groups.group_footage(footage, span, shown.gap, shown.pieces, shown.least_videos)
@@ -112,13 +109,13 @@ def run(config: DecodeConfig, reporter: Reporter) -> dict[str, Any]:
         items = _items(config, groups, compared.clip)
         run_folder.begin(config.run, config)
         with ray_session.session(config.ray):
+            evaluate_arms.check_gpus(config.gpus)
             evaluate_arms.check_size(compared.arms, compared.clip, len(items), config.max_gb)
             folder = storage.join(run_dir, evaluate_arms.FEATURES)
             cache = features.fill(ref, items, compared.arms, compared.clip, "tokens", folder, reporter, num_gpus=config.gpus)
             shared, failures = _split(config, run_dir, compared, cache, groups, dealt)
             evaluate_arms.run_tasks(_decode, [(unit,) for unit in missing], shared, config, reporter, len(missing))
-            _finish(shared, {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo}, failures)
-    result = run_folder.read_json(run_dir, run_folder.RESULT)
+            result = _finish(shared, {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo}, failures)
     told = f"PSNR in dB, {result['split']}, {result['held_out']} held-out groups"
     rows = [(line["arm"], _shown(line)) for line in result["arms"]]
     rows += [(f"{line['first']} - {line['second']}", _shown(line)) for line in result["differences"]]
@@ -195,7 +192,7 @@ def _weights(shared: Shared, unit: Unit) -> str:
     return storage.join(shared.run_dir, evaluate_arms.RESULTS, f"{unit.name}.safetensors")
 
 
-def _finish(shared: Shared, results: dict[Unit, dict[str, Any]], failures: list[dict[str, Any]]) -> None:
+def _finish(shared: Shared, results: dict[Unit, dict[str, Any]], failures: list[dict[str, Any]]) -> dict[str, Any]:
     config = shared.config
     by_arm = {
         arm: np.mean([results[unit]["clips"] for unit in same], axis=0)
@@ -206,6 +203,7 @@ def _finish(shared: Shared, results: dict[Unit, dict[str, Any]], failures: list[
         "lead": f"What frozen features keep of the picture, tested {shared.split}.",
         "catalog": config.catalog,
         "models": models(config.model),
+        "seeds": config.seeds,
         "clip": {key: asdict(shared.compared.clip)[key] for key in ("num_frames", "fps", "crop_size")},
         "split": shared.split,
         "held_out": len(set(shared.test_groups)),
@@ -218,6 +216,7 @@ def _finish(shared: Shared, results: dict[Unit, dict[str, Any]], failures: list[
     }
     storage.write_bytes(storage.join(shared.run_dir, PICTURE), _sheet(shared, results))
     run_folder.write_json(shared.run_dir, run_folder.RESULT, result)
+    return result
 
 
 def scores(clips: dict[str, np.ndarray], groups: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Legend: R clips, T frames, N tokens, D width.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from jepa_core.config import ClipConfig
 from jepa_core.encoder import clip_grid
 from jepa_core.feature_colours import colours, fit_colours
-from pipelines import clip_groups, evaluate_arms, evaluate_rows, features, frame_sheet, ray_session, run_folder, storage
+from pipelines import catalog, clip_groups, evaluate_arms, features, frame_sheet, ray_session, run_folder, storage
 from pipelines.attention_maps import upsampled
 from pipelines.clip_groups import Footage
 from pipelines.errors import InputRefused
@@ -54,25 +54,22 @@ def run(config: FeaturePicturesConfig, reporter: Reporter) -> dict[str, Any]:
 
     Raises InputRefused where no video holds a clip.
     """
-    run_dir, before = evaluate_arms.begin(config)
-    ref = evaluate_rows.pinned(config.catalog, before)
-    (model,) = models(config.model)
-    config = replace(config, catalog=str(ref), model=storage.normalize(model))
-    if before is not None:
-        run_folder.refuse_other_run(run_dir, config)
-    shown = config.footage
-    size = ClipConfig(num_frames=shown.num_frames, fps=shown.fps, crop_size=shown.crop_size)
-    compared = evaluate_arms.compared(config.model, (RANDOM, PIXELS), 1, size)
-    if run_folder.read_json(run_dir, run_folder.RESULT) is None:
+    config = evaluate_arms.pinned(config)
+    run_dir, ref = config.run.dir, catalog.parse_ref(config.catalog)
+    result = run_folder.read_json(run_dir, run_folder.RESULT)
+    if result is None:
+        shown = config.footage
+        size = ClipConfig(num_frames=shown.num_frames, fps=shown.fps, crop_size=shown.crop_size)
+        compared = evaluate_arms.compared(config.model, (RANDOM, PIXELS), 1, size)
         footage = clip_groups.read_footage(ref, shown.only, shown.max_videos)
         films, items = plan(footage, compared.clip, shown.moments)
         run_folder.begin(config.run, config)
         with ray_session.session(config.ray):
+            evaluate_arms.check_gpus(config.gpus)
             folder = storage.join(run_dir, evaluate_arms.FEATURES)
             found = features.extract(ref, items, compared.arms, compared.clip, "tokens", folder, reporter, num_gpus=config.gpus)
         result = _draw(config, run_dir, films, found, compared)
         run_folder.write_json(run_dir, run_folder.RESULT, result)
-    result = run_folder.read_json(run_dir, run_folder.RESULT)
     share = ", ".join(f"{100 * part:.0f}" for part in result["variance"][TRAINED])
     return {"run": run_dir, "films": len(result["films"]), "picture": storage.join(run_dir, PICTURE), "variance_percent": share}
 
@@ -128,7 +125,7 @@ def _draw(
     storage.write_bytes(storage.join(run_dir, PICTURE), frame_sheet.draw(blocks, HEAD + f"They hold {variance}."))
     return {
         "task": "features",
-        "model": config.model,
+        "models": models(config.model),
         "catalog": config.catalog,
         "clip": {key: asdict(clip)[key] for key in ("num_frames", "fps", "crop_size")},
         "variance": share,

@@ -24,9 +24,9 @@ from jepa_core.readout import attentive_probe, linear_probe
 from jepa_core.statistics import mean_interval, paired_difference
 from pipelines import (
     attention_maps,
+    catalog,
     clip_groups,
     evaluate_arms,
-    evaluate_rows,
     evaluate_table,
     features,
     label_free_rows,
@@ -79,27 +79,24 @@ def run(config: LabelFreeConfig, reporter: Reporter) -> dict[str, Any]:
 
     Raises UsageError and InputRefused as the modules that it calls do.
     """
-    run_dir, before = evaluate_arms.begin(config)
-    ref = evaluate_rows.pinned(config.catalog, before)
-    uris = [storage.normalize(uri) for uri in models(config.model)]
-    config = replace(config, catalog=str(ref), model=uris, seeds=len(uris) if len(uris) > 1 else config.seeds)
-    if before is not None:
-        run_folder.refuse_other_run(run_dir, config)
-    shown = config.footage
-    size = ClipConfig(num_frames=shown.num_frames, fps=shown.fps, crop_size=shown.crop_size)
-    compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size)
+    config = evaluate_arms.pinned(config)
+    run_dir, ref = config.run.dir, catalog.parse_ref(config.catalog)
     todo = units(config)
     missing = [unit for unit in todo if evaluate_arms.read_unit(run_dir, unit.name) is None]
-    if missing or run_folder.read_json(run_dir, run_folder.RESULT) is None:
+    result = run_folder.read_json(run_dir, run_folder.RESULT)
+    if missing or result is None or result["seeds"] != config.seeds:
+        shown = config.footage
+        size = ClipConfig(num_frames=shown.num_frames, fps=shown.fps, crop_size=shown.crop_size)
+        compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size)
         footage = clip_groups.read_footage(ref, shown.only, shown.max_videos)
         items, tasks = label_free_rows.plan(config, footage, compared.clip)
         run_folder.begin(config.run, config)
         with ray_session.session(config.ray):
+            evaluate_arms.check_gpus(config.gpus)
             shared, failures = _prepare(config, run_dir, ref, items, tasks, compared, reporter)
             calls = list(evaluate_arms.grouped(missing, lambda unit: (unit.arm, unit.seed)))
             evaluate_arms.run_tasks(_answer, [(group,) for _, group in calls], shared, config, reporter, len(missing))
-        _finish(shared, {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo}, failures)
-    result = run_folder.read_json(run_dir, run_folder.RESULT)
+        result = _finish(shared, {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo}, failures)
     for task in result["tasks"]:
         part = part_of(result, task["name"])
         title = f"{WHAT[task['name']]}, {task['split']}: {task['groups']} groups, {task['clips']} clips"
@@ -192,7 +189,7 @@ def _state_uri(run_dir: str, unit: Unit) -> str:
     return storage.join(run_dir, evaluate_arms.RESULTS, f"{unit.name}.safetensors")
 
 
-def _finish(shared: Shared, results: dict[Unit, dict[str, Any]], failures: list[dict[str, Any]]) -> None:
+def _finish(shared: Shared, results: dict[Unit, dict[str, Any]], failures: list[dict[str, Any]]) -> dict[str, Any]:
     config, told = shared.config, [label_free_rows.told(shared.tasks[name]) for name in shared.config.tasks]
     splits = " and ".join(dict.fromkeys(task["split"] for task in told))
     result = {
@@ -200,6 +197,7 @@ def _finish(shared: Shared, results: dict[Unit, dict[str, Any]], failures: list[
         "lead": f"What frozen features know of footage without labels, tested {splits}.",
         "catalog": config.catalog,
         "models": models(config.model),
+        "seeds": config.seeds,
         "clip": {key: asdict(shared.compared.clip)[key] for key in ("num_frames", "fps", "crop_size")},
         "tasks": told,
         "failures": evaluate_arms.failures_told(failures),
@@ -216,6 +214,7 @@ def _finish(shared: Shared, results: dict[Unit, dict[str, Any]], failures: list[
         caption = f"Where the attentive probe of the {WHAT[config.tasks[0]]} looks, on clips that it was not trained on."
         result["pictures"].append({"file": ATTENTION, "caption": caption})
     run_folder.write_json(shared.run_dir, run_folder.RESULT, result)
+    return result
 
 
 def scores(results: dict[Unit, dict[str, Any]]) -> dict[str, Any]:

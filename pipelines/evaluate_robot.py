@@ -83,31 +83,27 @@ def run(config: RobotEvaluationConfig, reporter: Reporter) -> dict[str, Any]:
     """
     from pipelines import probe, trajectories
 
-    run_dir, _ = evaluate_arms.begin(config)
-    uris = [storage.normalize(uri) for uri in models(config.model)]
-    root = storage.normalize(config.trajectories)
-    config = replace(config, trajectories=root, model=uris, seeds=len(uris) if len(uris) > 1 else config.seeds)
-    if run_folder.is_run(run_dir):
-        run_folder.refuse_other_run(run_dir, config)
-    compared = evaluate_arms.compared(
-        config.model, config.controls, config.seeds, ClipConfig(num_frames=0, fps=0.0, crop_size=config.crop_size)
-    )
-    compared = compared._replace(clip=replace(compared.clip, num_frames=1))
+    config = evaluate_arms.pinned(replace(config, trajectories=storage.normalize(config.trajectories)))
+    run_dir = config.run.dir
     todo = units(config)
     missing = [unit for unit in todo if evaluate_arms.read_unit(run_dir, unit.name) is None]
-    if missing or run_folder.read_json(run_dir, run_folder.RESULT) is None:
+    result = run_folder.read_json(run_dir, run_folder.RESULT)
+    if missing or result is None or result["seeds"] != config.seeds:
+        size = ClipConfig(num_frames=0, fps=0.0, crop_size=config.crop_size)
+        compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size)
+        compared = compared._replace(clip=replace(compared.clip, num_frames=1))
         run_folder.begin(config.run, config)
         with ray_session.session(config.ray):
+            evaluate_arms.check_gpus(config.gpus)
             episodes = trajectories.load_index(run_dir)
             if episodes is None:
-                episodes = probe.usable_episodes(root, config.episodes)
+                episodes = probe.usable_episodes(config.trajectories, config.episodes)
                 trajectories.save_index(episodes, run_dir)
             shared = Shared(config, run_dir, compared, episodes, _folder(config, run_dir, compared, episodes))
             blocks = [number for number in range(-(-episodes.num_rows // BLOCK)) if not storage.exists(_block(shared, number))]
             evaluate_arms.run_tasks(_encode, [(number,) for number in blocks], shared, config, reporter, len(blocks))
             evaluate_arms.run_tasks(_regress, [(unit,) for unit in missing], shared, config, reporter, len(missing))
-        _finish(config, run_dir, {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo}, episodes)
-    result = run_folder.read_json(run_dir, run_folder.RESULT)
+        result = _finish(shared, {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo})
     title = f"R2 of positions, % of variance, {result['held_out']} held-out episodes"
     reporter.table(title, *evaluate_table.accuracy_table(result))
     reporter.table("differences, points", *evaluate_table.difference_table(result))
@@ -212,7 +208,8 @@ def sums(predicted: np.ndarray, labels: np.ndarray) -> Sums:
     return Sums(frames, labels.sum(1), (labels**2).sum(1), ((predicted - labels) ** 2).sum(1))
 
 
-def _finish(config: RobotEvaluationConfig, run_dir: str, results: dict[Unit, dict[str, Any]], episodes: pa.Table) -> None:
+def _finish(shared: Shared, results: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
+    config, run_dir = shared.config, shared.run_dir
     found: dict[tuple[str, str], list[Sums]] = {}
     for unit, result in results.items():
         for name, parts in result["positions"].items():
@@ -223,7 +220,8 @@ def _finish(config: RobotEvaluationConfig, run_dir: str, results: dict[Unit, dic
         "lead": "Where things are, read out of frozen features of single frames of held-out episodes.",
         "models": models(config.model),
         "trajectories": config.trajectories,
-        "episodes": episodes.num_rows,
+        "seeds": config.seeds,
+        "episodes": shared.episodes.num_rows,
         "held_out": held_out,
         "frames_per_episode": config.frames_per_episode,
         "positions": list(dict.fromkeys(name for _, name in found)),
@@ -232,6 +230,7 @@ def _finish(config: RobotEvaluationConfig, run_dir: str, results: dict[Unit, dic
     }
     storage.write_bytes(storage.join(run_dir, PICTURE), evaluate_table.bars(result, "R2, % of variance", None))
     run_folder.write_json(run_dir, run_folder.RESULT, result)
+    return result
 
 
 def scores(found: dict[tuple[str, str], list[Sums]]) -> dict[str, Any]:
