@@ -13,7 +13,7 @@ Legend: R clips, N tokens, D width of the encoder, P values of a tubelet.
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np

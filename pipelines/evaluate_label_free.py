@@ -11,7 +11,7 @@ Student's over groups: what another video would have given. Differences are pair
 Legend: R rows, N tokens, D width.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
