@@ -87,7 +87,7 @@ def bars(result: Mapping[str, Any], what: str, chance: float | None) -> bytes:
     columns, rows = accuracy_table(result)
     probes, arms = columns[1:], [row[0] for row in rows]
     cells = {(line["arm"], line["probe"]): line for line in result["arms"]}
-    figure, ax = _axes(1.6 + 1.1 * len(probes) * max(2, len(arms)) / 2, 3.2)
+    figure, ax = _axes(2.2 + 0.22 * len(probes) * max(2, len(arms)), 3.2)
     width = 0.8 / len(arms)
     for number, arm in enumerate(arms):
         found = [(place, cells[arm, probe]) for place, probe in enumerate(probes) if (arm, probe) in cells]
@@ -101,7 +101,8 @@ def bars(result: Mapping[str, Any], what: str, chance: float | None) -> bytes:
         ax.axhline(100 * chance, color="#5f6368", linewidth=0.8, linestyle="--", label="guessing")
     ax.set_xticks(range(len(probes)), probes)
     ax.set_ylabel(what)
-    ax.set_ylim(bottom=0)
+    highest = max(line["mean"] if line["high"] is None else line["high"] for line in result["arms"])
+    ax.set_ylim(0, min(102.0, 115 * highest + 1))
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _png(figure)
 
