@@ -14,6 +14,7 @@ from jepa_core.encoder import VisionTransformer
 from jepa_core.sampling import segment_frames, segment_times
 from jepa_core.weights import ENCODER, PROBE, ModelConfig
 from pipelines import (
+    convert,
     evaluate_probe,
     evaluate_rows,
     evaluate_table,
