@@ -18,7 +18,7 @@ import torch
 from jepa_core.config import ClipConfig
 from jepa_core.probe import standardise
 from jepa_core.readout import Readout, Rows, Splits, attentive_probe, few_labels, knn_probe, linear_probe
-from jepa_core.weights import ENCODER, PROBE, ModelConfig
+from jepa_core.weights import ENCODER, PREDICTOR, PROBE, ModelConfig
 from pipelines import (
     catalog,
     evaluate_arms,
@@ -276,6 +276,10 @@ def _export(shared: Shared, results: dict[Unit, dict[str, Any]]) -> None:
     source = {"format": "jepa-evaluation", "uri": shared.run_dir, "seed": best.seed, "classes": list(shared.classes)}
     if arm.blocks:
         source["blocks"] = list(arm.blocks)
+    whole = model_folder.read(shared.config.model[best.seed if shared.compared.several else 0])
     parts = {ENCODER: dict(arm.state or {}), PROBE: state}
-    folder = model_folder.ModelFolder(ModelConfig(encoder=arm.encoder, probe=probe), parts, clip=clip, source=source)
+    config = ModelConfig(encoder=arm.encoder, probe=probe)
+    if PREDICTOR in whole.parts:  # transformers' classifier is not to be had without
+        parts[PREDICTOR], config = whole.parts[PREDICTOR], replace(config, predictor=whole.config.predictor)
+    folder = model_folder.ModelFolder(config, parts, clip=clip, source=source)
     model_folder.write(folder, storage.join(shared.run_dir, MODEL))

@@ -87,7 +87,7 @@ def bars(result: Mapping[str, Any], what: str, chance: float | None) -> bytes:
     columns, rows = accuracy_table(result)
     probes, arms = columns[1:], [row[0] for row in rows]
     cells = {(line["arm"], line["probe"]): line for line in result["arms"]}
-    figure, ax = _axes(1.6 + 1.1 * len(probes) * max(2, len(arms)) / 2, 3.2)
+    figure, ax = _axes(2.2 + 0.22 * len(probes) * max(2, len(arms)), 3.2)
     width = 0.8 / len(arms)
     for number, arm in enumerate(arms):
         found = [(place, cells[arm, probe]) for place, probe in enumerate(probes) if (arm, probe) in cells]
@@ -101,8 +101,8 @@ def bars(result: Mapping[str, Any], what: str, chance: float | None) -> bytes:
         ax.axhline(100 * chance, color="#5f6368", linewidth=0.8, linestyle="--", label="guessing")
     ax.set_xticks(range(len(probes)), probes)
     ax.set_ylabel(what)
-    lowest = min(100 * line["mean"] for line in result["arms"])
-    ax.set_ylim(bottom=min(0.0, 1.1 * lowest))
+    ends = [line["mean"] if line[end] is None else line[end] for line in result["arms"] for end in ("low", "high")]
+    ax.set_ylim(min(0.0, 115 * min(ends)), min(102.0, 115 * max(0.0, *ends) + 1))
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _png(figure)
 

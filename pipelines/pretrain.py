@@ -153,12 +153,10 @@ def load_encoder(uri: str) -> tuple[VisionTransformer, PretrainConfig]:
     eval mode, and its training's configuration. Raises InputRefused for anything else, and for a model folder that does not say
     how large its clips are.
     """
-    if at := run_folder.checkpoint_at(uri):
-        config, parts = config_of(at[0]), {TARGET_ENCODER: run_folder.load_weights(at[1], TARGET_ENCODER)}
-    else:
-        config = None if model_folder.is_model(uri) else config_of(uri)
-        model = model_folder.read(uri)
-        config, parts = config or model_config(model, uri), model.parts
+    at = run_folder.checkpoint_at(uri)
+    config = None if model_folder.is_model(uri) else config_of(at[0] if at else uri)
+    model = model_folder.read(uri)
+    config, parts = config or model_config(model, uri), model.parts
     state = parts.get(TARGET_ENCODER, parts.get(ENCODER))
     if state is None:
         raise InputRefused(f"{uri} holds no encoder, only {', '.join(parts)}")

@@ -160,7 +160,7 @@ def recall(kitchen: Path, reporter, protocol: str, *given: str) -> dict:
     where = [f"{name}={kitchen}/{file}" for name, file in (("model", "model"), ("catalog", "catalog"), ("train", "train.csv"))]
     where += [f"validation={kitchen}/validation.csv", f"run.dir={kitchen}/{protocol}", f"protocol={protocol}", "gap=0.3"]
     small = ["train_gap=[0.3,0.3]", "attentive.depth=1", "attentive.heads=2", "grid.lrs=[0.005]", "grid.weight_decays=[0.01]"]
-    config = load(AnticipationConfig, "evaluate anticipation", [*where, *small, "grid.epochs=20", "grid.batch_size=24", *given])
+    config = load(AnticipationConfig, "evaluate anticipation", [*where, *small, "grid.epochs=12", "grid.batch_size=16", *given])
     evaluate_anticipation.run(config, reporter)
     return run_folder.read_json(f"{kitchen}/{protocol}", run_folder.RESULT)
 

@@ -14,6 +14,7 @@ from jepa_core.encoder import VisionTransformer
 from jepa_core.sampling import segment_frames, segment_times
 from jepa_core.weights import ENCODER, PROBE, ModelConfig
 from pipelines import (
+    convert,
     evaluate_probe,
     evaluate_rows,
     evaluate_table,
@@ -24,7 +25,7 @@ from pipelines import (
     report,
     run_folder,
 )
-from pipelines.config import PretrainConfig, ReportConfig
+from pipelines.config import ConvertConfig, PretrainConfig, ReportConfig
 from pipelines.errors import InputRefused, UsageError
 from pipelines.evaluate_config import ProbeEvaluationConfig, ViewsConfig
 from pipelines.ingest_config import IngestConfig
@@ -204,6 +205,9 @@ def test_every_probe_reads_what_every_arm_shows_and_nothing_is_done_twice(world,
     made = model_folder.read(f"{world}/run/model")
     assert made.parts[PROBE]["linear.weight"].shape == (3, 32)
     assert made.source["classes"] == result["classes"]
+    there = {"from_format": "jepa", "to_format": "vjepa2", "source": f"{world}/run/model"}
+    convert.run(ConvertConfig(**there, destination=f"{world}/probe.pt"), reporter)
+    assert set(torch.load(f"{world}/probe.pt")) >= {"encoder", "classifiers"}
 
     page = report.run(ReportConfig(f"{world}/run"), reporter)
     text = Path(page["report"]).read_text()
@@ -277,6 +281,7 @@ def test_a_run_is_pinned_to_its_checkpoint_and_several_are_seeds(world, reporter
     pretrain.run(load(PretrainConfig, "pretrain", [*given[:-1], "train.steps=4", "seed=0", f"run.dir={runs[0]}"]), reporter)
     assert run_folder.latest_checkpoint(runs[0]).uri != pinned[0]
     assert probe(world, reporter, *small, name="several") == result
+    assert model_folder.read(pinned[0]).source["step"] == 2
     with pytest.raises(InputRefused, match="no committed checkpoint"):
         pretrain.load_encoder(f"{runs[0]}/checkpoints/step_00000099-torn")
 
