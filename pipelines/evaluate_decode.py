@@ -212,6 +212,9 @@ def _finish(shared: Shared, results: dict[Unit, dict[str, Any]], failures: list[
         "decoder": asdict(config.decoder),
         "failures": evaluate_arms.failures_told(failures),
         **scores(by_arm, shared.test_groups),
+        "pictures": [
+            {"file": PICTURE, "caption": "Held-out clips, and what a small decoder paints from frozen features of them."}
+        ],
         "runs": [{key: value for key, value in result.items() if key != "clips"} for result in results.values()],
     }
     storage.write_bytes(storage.join(shared.run_dir, PICTURE), _sheet(shared, results))

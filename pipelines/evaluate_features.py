@@ -125,6 +125,8 @@ def _draw(
     storage.write_bytes(storage.join(run_dir, PICTURE), frame_sheet.draw(blocks, HEAD + f"They hold {variance}."))
     return {
         "task": "features",
+        "lead": "The main directions of features as colours, over real clips.",
+        "pictures": [{"file": PICTURE, "caption": "Equal colours are similar features of one encoder, in all clips."}],
         "models": models(config.model),
         "catalog": config.catalog,
         "clip": {key: asdict(clip)[key] for key in ("num_frames", "fps", "crop_size")},

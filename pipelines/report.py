@@ -18,6 +18,7 @@ KINDS = {
     "post-train": {"trajectories", "encoder"},
     "plan": {"planner"},
     "evaluate": {"model", "controls"},
+    "pictures": {"model", "footage"},
 }
 """In order of the page: the options by which a verb's configuration is known."""
 

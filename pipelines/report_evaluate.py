@@ -37,6 +37,22 @@ def evaluation(section: Section) -> None:
         section.attempt(picture["file"], lambda picture=picture: _picture(section, group, picture))
 
 
+def pictures(section: Section) -> None:
+    """Lay out `jepa evaluate decode` or `features`: their pictures, and PSNR where there is one."""
+    result = run_folder.read_json(section.run_dir, run_folder.RESULT)
+    if not isinstance(result, dict):
+        section.lead = "What frozen features look like."
+        section.notes.append(NOT_YET)
+        return
+    section.lead = result["lead"]
+    section.cards += [Card(line["arm"], f"{line['mean']:.1f} dB", "PSNR, held-out clips") for line in result.get("arms", [])]
+    section.notes += _notes({"differences": []} | result)
+    group = Group(str(result["task"]).capitalize())
+    section.groups.append(group)
+    for picture in result["pictures"]:
+        section.attempt(picture["file"], lambda picture=picture: _picture(section, group, picture))
+
+
 def _picture(section: Section, group: Group, picture: Row) -> None:
     png = storage.read_bytes(storage.join(section.run_dir, picture["file"]))
     group.pictures.append(Picture([("", figures.image(png, picture["caption"]))], picture["caption"], wide=True))
@@ -51,5 +67,8 @@ def _notes(result: Row) -> list[str]:
     if told.get("missing"):
         notes.append(f"{told['missing']} of {told['rows']} rows name no video of the catalog, first {told['missing_names'][0]}.")
     beaten = [line for line in result["differences"] if line["mean"] <= 0]
-    notes += [f"{line['probe']}: the trained features are not better than {line['second'].replace('_', ' ')}." for line in beaten]
+    notes += [
+        f"{line.get('probe', result['task'])}: the trained features are not better than {line['second'].replace('_', ' ')}."
+        for line in beaten
+    ]
     return notes

@@ -20,6 +20,7 @@ TITLES = {
     "post-train": "Post-training",
     "plan": "Planning",
     "evaluate": "Evaluation",
+    "pictures": "Pictures of features",
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from pipelines import catalog, run_folder, storage
 from pipelines import report_figures as figures
 from pipelines.errors import InputRefused
-from pipelines.report_evaluate import evaluation
+from pipelines.report_evaluate import evaluation, pictures
 from pipelines.report_figures import BLUE, GREEN, MUTED, ORANGE, PURPLE, Series
 from pipelines.report_page import Card, Group, Picture, Row, Section, Table, centimetres, number, percent
 
@@ -47,7 +47,8 @@ SCHEDULE_CAPTION = "Learning rate as scheduled, and the gradient norm. Spikes of
 def build_section(run_dir: str, kind: str, config: Row) -> Section:
     """Read a run and lay out what the page says about it."""
     section = Section(run_dir, kind, config, PurePosixPath(run_dir).name)
-    builders = {"pretrain": _pretrain, "sweep": _sweep, "post-train": _post_train, "plan": _plan, "evaluate": evaluation}
+    builders = {"pretrain": _pretrain, "sweep": _sweep, "post-train": _post_train, "plan": _plan, "evaluate": evaluation,
+                "pictures": pictures}  # fmt: skip
     builder = builders[kind]
     section.attempt("The run", lambda: builder(section))
     section.attempt("Provenance", lambda: _provenance(section))

@@ -134,6 +134,9 @@ def test_decode_paints_held_out_clips_and_keeps_what_is_done(many, model, report
     before = written(tmp_path / "run")
     assert evaluate_decode.run(config, reporter) == told
     assert written(tmp_path / "run") == before
+    page = report.run(ReportConfig(run=str(tmp_path)), reporter)
+    assert page["sections"] == ["pictures"]
+    assert "PSNR" in Path(page["report"]).read_text()
 
 
 def test_features_become_films_of_the_length_of_their_clips(many, model, reporter, ray_session, tmp_path):
