@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.cli import VERBS
+from pipelines.cli import VERBS, split_verb
 from pipelines.errors import EXIT_OK, JepaError, Retryable, UsageError
 from pipelines.presets import load
 
@@ -25,7 +25,7 @@ USAGE = "usage: python -m cluster.submit http://HEAD:8265 VERB [key=value ...]"
 
 def submission_id(verb: str, arguments: Sequence[str]) -> str:
     """Name of the job: the verb and a digest of its arguments."""
-    return f"jepa-{verb}-{hashlib.sha256(chr(0).join([verb, *arguments]).encode()).hexdigest()[:12]}"
+    return f"jepa-{verb.replace(' ', '-')}-{hashlib.sha256(chr(0).join([verb, *arguments]).encode()).hexdigest()[:12]}"
 
 
 def submit(address: str, verb: str, arguments: Sequence[str]) -> int:
@@ -33,14 +33,15 @@ def submit(address: str, verb: str, arguments: Sequence[str]) -> int:
 
     Raises UsageError for a mistake in the command, before anything is sent; Retryable when the cluster does not answer.
     """
+    verb, arguments = split_verb([verb, *arguments])
     if verb not in VERBS:
-        raise UsageError(f"unknown verb {verb!r}: choose from {', '.join(VERBS)}")
+        raise UsageError(f"jepa {verb} is the first word of several verbs: jepa {verb} --help lists them")
     load(VERBS[verb].options, verb, arguments)
     client, name = _client(address), submission_id(verb, arguments)
     if name in {job.submission_id for job in client.list_jobs()}:
         print(f"attaching to {name}", file=sys.stderr)
     else:
-        command = ["jepa", verb, *arguments] + ([] if verb == "report" else ["ray.address=auto"])
+        command = ["jepa", *verb.split(), *arguments] + ([] if verb == "report" else ["ray.address=auto"])
         _submit(client, shlex.join(command), name)
         print(f"submitted {name}", file=sys.stderr)
     return _follow(client, name)

@@ -1,6 +1,6 @@
 """The attentive probe of the published evaluations, with the official weight names (vjepa2 attentive_pooler.py).
 
-Legend: B batch, N tokens, Q queries, D width, C classes.
+Legend: B batch, N tokens, Q queries, D width, H heads, C classes.
 """
 
 import torch
@@ -26,6 +26,12 @@ class CrossAttention(nn.Module):
         q = self.q(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(tokens).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def weights(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """How each head divides its attention: queries [B, Q, D], tokens [B, N, D] -> [B, H, Q, N], which sum to 1 over N."""
+        q = self.q(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k = self.kv(tokens).unflatten(-1, (2, self.heads, -1))[:, :, 0].transpose(1, 2)
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
 
 
 class CrossAttentionBlock(nn.Module):
@@ -66,6 +72,15 @@ class AttentivePooler(nn.Module):
         """[B, N, D] -> [B, Q, D]."""
         tokens, _ = run_blocks(self.blocks, tokens, None)
         return self.cross_attention_block(self.query_tokens.expand(len(tokens), -1, -1), tokens)
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """What the queries look at: tokens [B, N, D] -> weights [B, H, Q, N] of the cross-attention, H its heads.
+
+        With more than one block, tokens have looked at each other before: a weight then says where it is read, not what is shown.
+        """
+        tokens, _ = run_blocks(self.blocks, tokens, None)
+        block = self.cross_attention_block
+        return block.xattn.weights(self.query_tokens.expand(len(tokens), -1, -1), block.norm1(tokens))
 
 
 class AttentiveClassifier(nn.Module):

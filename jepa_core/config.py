@@ -282,6 +282,30 @@ LINEAR_GRID = HeadGrid((0.1, 0.03, 0.01, 0.003, 0.001), (0.0, 0.01, 0.1, 1.0), e
 """For logistic regression on standardised features: a convex problem, whose rate decides how far it is followed."""
 
 
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A pixel decoder and how it is trained: AdamW, a short warmup, a half cosine to 0."""
+
+    dim: int = 192
+    depth: int = 2
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    steps: int = 1000
+    batch_size: int = 16
+    """Clips of a step."""
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+
+    def check(self) -> None:
+        """Raises ValueError for numbers that make no decoder."""
+        if self.heads < 1 or self.dim % self.heads or self.dim // self.heads < 6 or self.dim // self.heads % 2:
+            raise ValueError(f"dim={self.dim} with heads={self.heads}: a head needs an even number of channels, 6 or more")
+        if min(self.depth, self.steps, self.batch_size) < 1 or not self.lr > 0 or self.weight_decay < 0:
+            raise ValueError(
+                "a decoder needs depth, steps and batch_size of at least 1, a positive lr and no negative weight_decay"
+            )
+
+
 def _paper_masks() -> list[MaskConfig]:
     return [MaskConfig(8, (0.15, 0.15)), MaskConfig(2, (0.7, 0.7))]
 

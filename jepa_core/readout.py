@@ -4,7 +4,7 @@ Legend: R rows (clips), D feature width, N tokens, C classes, V views of a row, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +59,8 @@ class Readout:
     """Every head, in the order of the grid."""
     num_test: int
     """Rows behind `test`: see statistics.wilson_interval."""
+    predicted: tuple[int, ...] = field(default=(), repr=False)
+    """The chosen head's class of each test row."""
 
 
 def check_splits(splits: Splits, row_axes: int) -> None:
@@ -224,7 +226,7 @@ def _choose(heads: Heads, splits: Splits, grid: HeadGrid) -> tuple[Readout, int]
 
 def _readout(scores: Tensor, labels: Tensor, table: list[Choice], best: int) -> Readout:
     top1, top5 = (top_k_accuracy(scores, labels, k) for k in (1, 5))
-    return Readout(top1, top5, table[best], tuple(table), len(labels))
+    return Readout(top1, top5, table[best], tuple(table), len(labels), tuple(scores.argmax(1).tolist()))
 
 
 def _not_finite(x: Tensor, start: int) -> list[int]:

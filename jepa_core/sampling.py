@@ -163,6 +163,39 @@ def reference_frames(count: int, average_fps: float, num_frames: int, fps: float
     return np.clip(np.concatenate([places, np.full(num_frames - len(places), count)]), 0, count - 1).astype(np.int64)
 
 
+def segment_times(first: float, last: float, num_frames: int, fps: float, segments: int) -> np.ndarray:
+    """Times float64 [segments, num_frames] in seconds of the clips that stand for a whole video, whose frames run from `first` to
+    `last`: one in the middle of each of as many equal parts. Where a part is too short the clips overlap, spread evenly from the
+    first frame to the last; a video shorter than a clip repeats its last frame.
+    """
+    span, part = (num_frames - 1) / fps, (last - first) / segments
+    if part >= span:
+        starts = first + part * np.arange(segments) + (part - span) / 2
+    else:
+        starts = first + np.linspace(0.0, max(0.0, last - first - span), segments)
+    return np.minimum(starts[:, None] + np.arange(num_frames) / fps, last)
+
+
+def segment_frames(count: int, num_frames: int, step: int, segments: int) -> np.ndarray:
+    """Frame numbers int64 [segments, num_frames] of the clips that stand for a whole video of `count` frames, as published.
+
+    Source: facebookresearch/vjepa2, src/datasets/video_dataset.py, loadvideo_decord with overlap allowed. There a clip is placed
+    at random in its part, in validation too; here in the middle. Numbers are spread over num_frames * step frames with both ends
+    included, so a clip is a little slower than its step.
+    """
+    clip, part = num_frames * step, count // segments
+    if part > clip:
+        start = (part - clip) // 2
+        numbers = np.clip(np.linspace(start, start + clip, num_frames), start, start + clip - 1)
+        apart = part
+    else:
+        length = min(clip, count) - 1
+        places = np.linspace(0, length, length // step)
+        numbers = np.clip(np.concatenate([places, np.full(num_frames - len(places), length)]), 0, max(0, length - 1))
+        apart = (count - clip) // (segments - 1) if count > clip else 0
+    return numbers.astype(np.int64) + apart * np.arange(segments)[:, None]
+
+
 def crop_box(width: int, height: int, config: ClipConfig, rng: np.random.Generator) -> Crop:
     """A random resized crop, one for the whole clip (torchvision's rule: 10 tries, then the centre)."""
     flip = bool(rng.random() < 0.5) and config.flip

@@ -1,11 +1,11 @@
 """Means, differences and shares with the uncertainty that belongs to them. No tensors, no scipy.
 
 Source of the formulas: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4 (Student's t of whole degrees of freedom, finite sums);
-Wilson 1927, "Probable inference" (shares); Fisher 1935 (sign flips).
+Wilson 1927, "Probable inference" (shares); Fisher 1935 (sign flips); Efron 1979 (bootstrap, percentiles).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
@@ -81,6 +81,25 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> Inter
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half), total)
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], float], units: int, confidence: float = 0.95, draws: int = 2000, seed: int = 0
+) -> Interval:
+    """The statistic of all units and the percentile interval of its values on units drawn with replacement.
+
+    `statistic` takes numbers of units int64 [n], with repetitions. A unit is what was drawn independently (an episode, not its
+    frames). Pass a difference of two statistics to pair them. With few units the interval is too narrow. Raises ValueError below
+    2 units, and for values that are not finite.
+    """
+    if units < 2:
+        raise ValueError(f"a bootstrap needs at least 2 units, got {units}")
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.integers(units, size=units)) for _ in range(draws)]
+    if not np.isfinite(values).all():
+        raise ValueError("a bootstrap met values that are not finite: the statistic has no value on some of the draws")
+    low, high = np.quantile(values, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return Interval(statistic(np.arange(units)), float(low), float(high), units)
 
 
 def t_cdf(t: float, freedom: int) -> float:

@@ -12,9 +12,11 @@ from typing import Any
 
 from pipelines import bench_config as bench_schema
 from pipelines import config as schema
+from pipelines import evaluate_config as evaluate_schema
 from pipelines import ingest_config as ingest_schema
 from pipelines import ledger_config as ledger_schema
 from pipelines import presets
+from pipelines import seeing_config as seeing_schema
 from pipelines.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, JepaError, UsageError
 from pipelines.progress import Reporter
 
@@ -103,6 +105,55 @@ VERBS = {
         ("run.dir",),
         ("what",),
     ),
+    "evaluate probe": Verb(
+        evaluate_schema.ProbeEvaluationConfig,
+        "pipelines.evaluate_probe",
+        "classes of labelled videos from frozen features, beside controls",
+        ("model", "catalog", "labels"),
+        ("run.dir",),
+    ),
+    "evaluate anticipation": Verb(
+        evaluate_schema.AnticipationConfig,
+        "pipelines.evaluate_anticipation",
+        "the action that comes next, from the clip before it",
+        ("model", "catalog", "train", "validation"),
+        ("run.dir",),
+    ),
+    "evaluate label-free": Verb(
+        seeing_schema.LabelFreeConfig,
+        "pipelines.evaluate_label_free",
+        "arrow of time, playback speed and retrieval on unlabelled footage",
+        ("model", "catalog"),
+        ("run.dir",),
+    ),
+    "evaluate robot": Verb(
+        seeing_schema.RobotEvaluationConfig,
+        "pipelines.evaluate_robot",
+        "where a robot's hand and the objects are, from frozen features",
+        ("model", "trajectories"),
+        ("run.dir",),
+    ),
+    "evaluate decode": Verb(
+        seeing_schema.DecodeConfig,
+        "pipelines.evaluate_decode",
+        "pixels painted from frozen features: what they keep",
+        ("model", "catalog"),
+        ("run.dir",),
+    ),
+    "evaluate features": Verb(
+        seeing_schema.FeaturePicturesConfig,
+        "pipelines.evaluate_features",
+        "films and strips of features as colours",
+        ("model", "catalog"),
+        ("run.dir",),
+    ),
+    "evaluate masks": Verb(
+        seeing_schema.MaskPicturesConfig,
+        "pipelines.evaluate_masks",
+        "what a pretraining preset hides of real clips, before training",
+        ("catalog",),
+        ("run.dir",),
+    ),
     "demo": Verb(schema.DemoConfig, "pipelines.demo", "all of the above at toy scale", ("source",), ("dir",)),
 }
 
@@ -127,9 +178,10 @@ def _run(arguments: list[str], reporter: Reporter) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return EXIT_OK if arguments else UsageError.exit_code
-    name, *rest = arguments
+    name, rest = split_verb(arguments)
     if name not in VERBS:
-        raise UsageError(f"unknown verb {name!r}: choose from {', '.join(VERBS)}")
+        print(_overview(f"{name} "))
+        return EXIT_OK if rest else UsageError.exit_code
     verb = VERBS[name]
     if "-h" in rest or "--help" in rest:
         print(_help(name, verb))
@@ -141,6 +193,24 @@ def _run(arguments: list[str], reporter: Reporter) -> int:
     result = importlib.import_module(verb.module).run(config, reporter)
     reporter.summary(name, **result)
     return EXIT_OK
+
+
+def split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb and its arguments. A verb may be of two words; the first of them alone, or with --help, stands for all its pairs.
+
+    Raises UsageError for words that are no verb.
+    """
+    first, *rest = arguments
+    pair = f"{first} {rest[0]}" if rest else ""
+    if pair in VERBS:
+        return pair, rest[1:]
+    pairs = [name.split()[1] for name in VERBS if name.startswith(f"{first} ")]
+    if first in VERBS or (pairs and (not rest or rest[0] in ("-h", "--help"))):
+        return first, rest
+    if pairs:
+        raise UsageError(f"jepa {first} {rest[0]}: the word after {first} is one of {', '.join(pairs)}")
+    names = dict.fromkeys(name.split()[0] for name in VERBS)
+    raise UsageError(f"unknown verb {first!r}: choose from {', '.join(names)}")
 
 
 def overrides(verb: Verb, arguments: Sequence[str]) -> list[str]:
@@ -181,11 +251,13 @@ def _fail(reporter: Reporter, message: str, code: int) -> int:
     return code or EXIT_BUG
 
 
-def _overview() -> str:
-    lines = [f"  {name:<11} {verb.summary}" for name, verb in VERBS.items()]
+def _overview(prefix: str = "") -> str:
+    shown = {name: verb.summary for name, verb in VERBS.items() if name.startswith(prefix)}
+    width = max(map(len, shown)) + 1
+    lines = [f"  {name:<{width}} {summary}" for name, summary in shown.items()]
     return "\n".join(
         [
-            "usage: jepa VERB [preset=NAME] [key=value ...] [--dry-run] [--help]",
+            f"usage: jepa {prefix}VERB [preset=NAME] [key=value ...] [--dry-run] [--help]",
             "",
             "From a bucket of raw video to a robot that plans: V-JEPA 2 on Ray.",
             "",

@@ -14,11 +14,11 @@ import av
 import numpy as np
 
 from jepa_core.config import ClipConfig
-from jepa_core.sampling import clip_times, crop_box, frames_on_screen, reference_frames
+from jepa_core.sampling import Crop, clip_times, crop_box, frames_on_screen, reference_frames
 from pipelines import catalog, packet_decode, storage
 from pipelines.catalog_schema import CatalogRef
 from pipelines.packet_index import PacketIndex, shown
-from pipelines.video import SKIPPABLE_CODECS, Scaler, frames_at
+from pipelines.video import SKIPPABLE_CODECS, Scaler, VideoRefused, frames_at
 
 COLUMNS = (
     *("id", "uri", "offset", "size", "etag", "stream", "codec", "extradata", "direct", "width", "height", "rotation", "fps"),
@@ -46,18 +46,42 @@ def read_clip(ref: CatalogRef, entry: dict[str, Any], clip: ClipConfig, rng: np.
     Raises VideoRefused when the frames cannot be had, ObjectChanged or InputRefused when the object is not the one in the catalog
     or the index is damaged, Retryable when the store does not answer.
     """
-    t, h, w, d, p = out.shape[:5]
-    if out.shape != (t, h, w, d, p, p, 3) or (t * d, h * p, w * p) != (clip.num_frames, clip.crop_size, clip.crop_size):
-        raise ValueError(f"out is {list(out.shape)}, which is no clip of {clip.num_frames} x {clip.crop_size} x {clip.crop_size}")
+    _check_shape(out, clip.num_frames, clip.crop_size)
     start = float(rng.random())
     crop = crop_box(entry["width"], entry["height"], clip, rng)
     index, pts = clip_packets(ref, entry, clip, start)
+    return _decoded(entry, index, pts, crop, out)
+
+
+def read_frames(ref: CatalogRef, entry: dict[str, Any], pts: np.ndarray, crop: Crop, out: np.ndarray) -> ClipInfo:
+    """Read the frames at times `pts` int64 [T], in this order and as often as they are named, into `out` as `read_clip` does.
+
+    Raises VideoRefused("frames_missing") for a time that is no frame's, and whatever `read_clip` raises.
+    """
+    _check_shape(out, len(pts), out.shape[1] * out.shape[4])
+    if not entry["start_pts"] <= pts.min() <= pts.max() <= entry["end_pts"]:
+        raise VideoRefused("frames_missing", f"nothing is shown from {pts.min()} to {pts.max()}")
+    index = catalog.packets_between(ref, entry, int(pts.min()), int(pts.max()))
+    absent = np.setdiff1d(pts, shown(index))
+    if len(absent):
+        raise VideoRefused("frames_missing", f"{len(absent)} of {len(pts)} times are no frame's, first {absent[0]}")
+    return _decoded(entry, index, pts, crop, out)
+
+
+def _check_shape(out: np.ndarray, num_frames: int, size: int) -> None:
+    t, h, w, d, p = out.shape[:5]
+    if out.shape != (t, h, w, d, p, p, 3) or (t * d, h * p, w * p) != (num_frames, size, size):
+        raise ValueError(f"out is {list(out.shape)}, which is no clip of {num_frames} x {size} x {size}")
+
+
+def _decoded(entry: dict[str, Any], index: PacketIndex, pts: np.ndarray, crop: Crop, out: np.ndarray) -> ClipInfo:
+    t, h, w, d, p = out.shape[:5]
     row = np.dtype(f"V{3 * p}")  # a tubelet's row of pixels is one item to copy
     by_frame = out.reshape(t, h, w, d, p, 3 * p).view(row)[..., 0].transpose(0, 3, 1, 4, 2)  # [t, d, h, p, w]
     places: dict[int, list[np.ndarray]] = {}
     for number, time in enumerate(pts.tolist()):
         places.setdefault(time, []).append(by_frame[number // d, number % d])
-    scaler = Scaler(crop, clip.crop_size, entry["rotation"], (entry["width"], entry["height"]))
+    scaler = Scaler(crop, h * p, entry["rotation"], (entry["width"], entry["height"]))
     for way, frames in _ways(entry, index, pts):
         try:
             for frame in frames:

@@ -70,15 +70,18 @@ def is_model(uri: str) -> bool:
 
 
 def read(uri: str) -> ModelFolder:
-    """A model folder, or the newest committed checkpoint of a run folder; every key and shape is checked.
+    """A model folder, the newest committed checkpoint of a run folder, or the folder of one checkpoint; every key and shape is
+    checked.
 
     Raises InputRefused for a folder that is neither, and for one that is damaged.
     """
     uri = storage.normalize(uri)
-    if is_model(uri):
+    if at := run_folder.checkpoint_at(uri):
+        model = _read_run(*at)
+    elif is_model(uri):
         model = _read_folder(uri)
     elif run_folder.is_run(uri):
-        model = _read_run(uri)
+        model = _read_run(uri, run_folder.require_checkpoint(uri))
     else:
         raise InputRefused(
             f"{uri} holds neither {MODEL} nor {run_folder.CONFIG}: it is no model folder and no run folder of ours"
@@ -182,8 +185,7 @@ def _read_folder(uri: str) -> ModelFolder:
     return ModelFolder(config, loaded, unused, from_tree(ClipFormat, tree.get("clip", {}), foreign), tree.get("source", {}))
 
 
-def _read_run(uri: str) -> ModelFolder:
-    checkpoint = run_folder.require_checkpoint(uri)
+def _read_run(uri: str, checkpoint: run_folder.Checkpoint) -> ModelFolder:
     source = {"format": "jepa-run", "uri": uri, "step": checkpoint.step}
     weights_file, config_file = (storage.join(uri, name) for name in _POST_TRAINED_ENCODER)
     if not storage.exists(config_file):

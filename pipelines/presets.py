@@ -6,6 +6,7 @@ This module imports neither torch nor ray, so that `jepa --help` and any mistake
 import difflib
 from collections.abc import Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any, TypeVar
 
 import yaml
@@ -15,6 +16,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from pipelines.errors import InputRefused, UsageError
 
 T = TypeVar("T")
+BORROWED = {"evaluate masks": "pretrain"}
+"""Verbs that take the presets of another one."""
 
 
 def load(schema: type[T], verb: str, overrides: Sequence[str]) -> T:
@@ -55,7 +58,7 @@ def from_tree(schema: type[T], tree: Any, what: str) -> T:
 
 
 def read_preset(verb: str, name: str) -> dict[str, Any]:
-    """The YAML tree of configs/<verb>/<name>.yaml, or of a path to a YAML file of the user's."""
+    """The YAML tree of configs/<verb>/<name>.yaml, each word of a verb a folder, or of a path to a YAML file of the user's."""
     if name.endswith((".yaml", ".yml")):
         try:
             with open(name, encoding="utf-8") as file:
@@ -65,13 +68,18 @@ def read_preset(verb: str, name: str) -> dict[str, Any]:
     known = preset_names(verb)
     if name not in known:
         raise UsageError(f"preset={name} does not exist for {verb}: choose from {', '.join(known) or 'none'}{_near(name, known)}")
-    return yaml.safe_load(resources.files("configs").joinpath(verb, f"{name}.yaml").read_text("utf-8")) or {}
+    return yaml.safe_load(_folder(verb).joinpath(f"{name}.yaml").read_text("utf-8")) or {}
 
 
 def preset_names(verb: str) -> list[str]:
     """Names of the presets that ship for a verb."""
-    folder = resources.files("configs").joinpath(verb)
+    folder = _folder(verb)
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml")) if folder.is_dir() else []
+
+
+def _folder(verb: str) -> Traversable:
+    """Where a verb's presets lie; those of a verb of two words in a folder of the first one."""
+    return resources.files("configs").joinpath(*BORROWED.get(verb, verb).split())
 
 
 def to_yaml(config: Any) -> str:

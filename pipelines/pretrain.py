@@ -149,10 +149,12 @@ def start_from(module: Pretraining, optimizer: torch.optim.Optimizer, uri: str) 
 
 
 def load_encoder(uri: str) -> tuple[VisionTransformer, PretrainConfig]:
-    """The frozen encoder of a pretraining run or a model folder (the teacher, if there is one), in eval mode, and its training's
-    configuration. Raises InputRefused for anything else, and for a model folder that does not say how large its clips are.
+    """The frozen encoder of a pretraining run, of one of its checkpoints or of a model folder (the teacher, if there is one), in
+    eval mode, and its training's configuration. Raises InputRefused for anything else, and for a model folder that does not say
+    how large its clips are.
     """
-    config = None if model_folder.is_model(uri) else config_of(uri)
+    at = run_folder.checkpoint_at(uri)
+    config = None if model_folder.is_model(uri) else config_of(at[0] if at else uri)
     model = model_folder.read(uri)
     config, parts = config or model_config(model, uri), model.parts
     state = parts.get(TARGET_ENCODER, parts.get(ENCODER))

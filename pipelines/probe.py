@@ -6,6 +6,7 @@ Legend: R rows (frames or videos), P tokens of a frame, D encoder width.
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -19,6 +20,7 @@ from pipelines.config import PretrainConfig, ProbeConfig
 from pipelines.errors import InputRefused
 from pipelines.video import VideoRefused, decode_clip, frame_patches, tubelets
 
+MIN_EPISODES = 4
 POOLED_SIDE = 3
 """Tokens of a frame are averaged to at most 3x3 before the ridge: where things are must stay readable."""
 PIXEL_SIDE = 24
@@ -50,7 +52,7 @@ def score(encoder: VisionTransformer, data: ProbeData) -> float:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for start in range(0, len(data.tokens), BATCH):
             tokens = encoder(torch.tensor(data.tokens[start : start + BATCH]), data.grid).float()
-            features.append(_pooled(tokens, data.grid) if data.labels is not None else tokens.mean(1))
+            features.append(pooled(tokens, data.grid) if data.labels is not None else tokens.mean(1))
     return _measure(torch.cat(features), data)
 
 
@@ -60,9 +62,39 @@ def pixel_score(data: ProbeData) -> float:
     side = data.grid.h * patch
     depth = data.tokens.shape[-1] // (patch * patch * 3)
     cut = data.tokens.reshape(-1, *data.grid, depth, patch, patch, 3)
-    images = cut.mean(axis=(1, 4)).transpose(0, 5, 1, 3, 2, 4).reshape(-1, 3, side, side)  # frames averaged over time
-    small = F.adaptive_avg_pool2d(torch.from_numpy(images).float(), min(side, PIXEL_SIDE))
-    return _measure(small.flatten(1), data)
+    images = cut.mean(axis=(1, 4)).transpose(0, 1, 3, 2, 4, 5).reshape(-1, side, side, 3)  # frames averaged over time
+    return _measure(small_pixels(images), data)
+
+
+def small_pixels(images: np.ndarray) -> Tensor:
+    """Pictures [R, S, S, 3] averaged to PIXEL_SIDE at most: float32 [R, 3 * side * side]."""
+    pictures = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    return F.adaptive_avg_pool2d(pictures, min(images.shape[1], PIXEL_SIDE)).flatten(1)
+
+
+def pooled(tokens: Tensor, grid: Grid) -> Tensor:
+    """Tokens of still frames [R, P, D] -> [R, 9*D] at most."""
+    maps = tokens.transpose(1, 2).unflatten(2, (grid.h, grid.w))
+    return F.adaptive_avg_pool2d(maps, min(grid.h, POOLED_SIDE)).flatten(1)
+
+
+def episode_frames(episodes: pa.Table, row: int, count: int) -> np.ndarray:
+    """Numbers int64 [count] of frames evenly spread over an episode of trajectories.index_episodes, both ends included."""
+    return np.linspace(0, len(episodes["times"][row]) - 1, count).astype(np.int64)
+
+
+def training_episodes(episodes: int) -> int:
+    """How many of so many, the first ones, are trained on; the last quarter is held out."""
+    return episodes * 3 // 4
+
+
+def usable_episodes(root: str, most: int) -> pa.Table:
+    """Index of at most so many episodes (0: all). Raises InputRefused where too few are usable."""
+    index = trajectories.usable(trajectories.index_episodes(root, "physical", 0.0))
+    episodes = index.slice(0, most or None)
+    if episodes.num_rows < MIN_EPISODES:
+        raise InputRefused(f"{root} has {episodes.num_rows} usable episodes, the probe needs at least {MIN_EPISODES}")
+    return episodes
 
 
 def _measure(features: Tensor, data: ProbeData) -> float:
@@ -73,28 +105,18 @@ def _measure(features: Tensor, data: ProbeData) -> float:
     return ridge_r2(features[:cut], labels[:cut], features[cut:], labels[cut:])
 
 
-def _pooled(tokens: Tensor, grid: Grid) -> Tensor:
-    """Tokens [R, P, D] -> [R, 9*D] at most."""
-    maps = tokens.transpose(1, 2).unflatten(2, (grid.h, grid.w))
-    return F.adaptive_avg_pool2d(maps, min(grid.h, POOLED_SIDE)).flatten(1)
-
-
 def _robot_frames(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
     """Frames evenly spread over each episode; the last quarter of the episodes is held out."""
-    index = trajectories.usable(trajectories.index_episodes(str(probe.trajectories), "physical", 0.0))
-    episodes = index.slice(0, probe.max_items)
-    if episodes.num_rows < 4:
-        raise InputRefused(f"{probe.trajectories} has {episodes.num_rows} usable episodes, the probe needs at least 4")
+    episodes = usable_episodes(str(probe.trajectories), probe.max_items)
     size, patch = config.clip.crop_size, config.model.encoder.patch_size
     tokens, labels = [], []
     for row in range(episodes.num_rows):
-        count = len(episodes["times"][row])
-        frames = np.linspace(0, count - 1, probe.frames_per_episode).astype(np.int64)
+        frames = episode_frames(episodes, row, probe.frames_per_episode)
         images, states = trajectories.read_frames(episodes, row, frames, size)
         tokens.append(frame_patches(images, patch).reshape(len(frames), -1, patch * patch * 3))
         labels.append(states[:, :3])
     side = size // patch
-    num_train = (episodes.num_rows * 3 // 4) * probe.frames_per_episode
+    num_train = training_episodes(episodes.num_rows) * probe.frames_per_episode
     return ProbeData(np.concatenate(tokens), Grid(1, side, side), patch, np.concatenate(labels), num_train)
 
 

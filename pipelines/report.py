@@ -17,6 +17,8 @@ KINDS = {
     "sweep": {"masks", "base"},
     "post-train": {"trajectories", "encoder"},
     "plan": {"planner"},
+    "evaluate": {"model", "controls"},
+    "pictures": {"model", "footage"},
 }
 """In order of the page: the options by which a verb's configuration is known."""
 

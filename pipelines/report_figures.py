@@ -255,23 +255,27 @@ def clip_frames(tubelets: np.ndarray, grid: Grid, side: int = PATCH_SIZE) -> np.
 
 def strip(frames: np.ndarray, grid: Grid, context: np.ndarray | None = None, target: np.ndarray | None = None) -> bytes:
     """A few frames side by side as PNG; with token ids, targets are tinted and tokens in neither set are blank."""
-    shown = frames.astype(np.float32)
-    if context is not None and target is not None:
-        shade = np.full((grid.num_tokens, 3), DROPPED_TINT)
-        shade[target] = TARGET_TINT
-        strength = np.ones(grid.num_tokens, dtype=np.float32)
-        strength[target], strength[context] = 0.82, 0.0
-        alpha = _per_pixel(strength[:, None], grid, frames.shape)
-        grey = shown.mean(axis=-1, keepdims=True)
-        shown = np.where(alpha > 0, grey, shown) * (1 - alpha) + _per_pixel(shade, grid, frames.shape) * alpha
+    shown = frames if context is None or target is None else under_mask(frames, grid, context, target)
     picked = np.unique(np.linspace(0, grid.t - 1, STRIP_FRAMES).round().astype(int)) * (len(frames) // grid.t)
-    parts = [_smaller(shown[index]) for index in picked]
+    parts = [_smaller(shown[index].astype(np.float32)) for index in picked]
     gap = np.full((len(parts[0]), max(2, len(parts[0]) // 40), 4), 0, dtype=np.uint8)
     opaque = [np.concatenate([part, np.full((*part.shape[:2], 1), 255)], axis=-1).astype(np.uint8) for part in parts]
     row = [piece for part in opaque for piece in (part, gap)][:-1]
     buffer = io.BytesIO()
     matplotlib.image.imsave(buffer, np.ascontiguousarray(np.concatenate(row, axis=1)), format="png")
     return buffer.getvalue()
+
+
+def under_mask(frames: np.ndarray, grid: Grid, context: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Frames uint8 [T, S, S, 3] with target tokens tinted and tokens in neither set blank: uint8 of the same shape."""
+    shade = np.full((grid.num_tokens, 3), DROPPED_TINT)
+    shade[target] = TARGET_TINT
+    strength = np.ones(grid.num_tokens, dtype=np.float32)
+    strength[target], strength[context] = 0.82, 0.0
+    alpha = _per_pixel(strength[:, None], grid, frames.shape)
+    grey = frames.mean(axis=-1, keepdims=True)
+    mixed = np.where(alpha > 0, grey, frames) * (1 - alpha) + _per_pixel(shade, grid, frames.shape) * alpha
+    return mixed.astype(np.uint8)
 
 
 def _per_pixel(values: np.ndarray, grid: Grid, shape: tuple[int, ...]) -> np.ndarray:

@@ -14,7 +14,14 @@ from pipelines.errors import JepaError
 from pipelines.report_figures import Row
 
 TEMPLATE = "report.html.jinja"
-TITLES = {"pretrain": "Pretraining", "sweep": "Mask sweep", "post-train": "Post-training", "plan": "Planning"}
+TITLES = {
+    "pretrain": "Pretraining",
+    "sweep": "Mask sweep",
+    "post-train": "Post-training",
+    "plan": "Planning",
+    "evaluate": "Evaluation",
+    "pictures": "Pictures of features",
+}
 
 
 class Card(NamedTuple):

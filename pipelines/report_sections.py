@@ -7,19 +7,17 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Any
 
 from pipelines import catalog, run_folder, storage
 from pipelines import report_figures as figures
-from pipelines.config import PretrainConfig
 from pipelines.errors import InputRefused
+from pipelines.report_evaluate import evaluation, pictures
 from pipelines.report_figures import BLUE, GREEN, MUTED, ORANGE, PURPLE, Series
 from pipelines.report_page import Card, Group, Picture, Row, Section, Table, centimetres, number, percent
 
 EPISODES = "episodes"
 AGENTS = ("planner", "random", "no-op", "oracle")
 SAMPLES_SHOWN = 4
-STEPS_LOOKED_AT = 20
 ROWS_SHOWN = 40
 EPISODES_SHOWN = 6
 MAX_INLINE_BYTES = 8 << 20
@@ -49,7 +47,9 @@ SCHEDULE_CAPTION = "Learning rate as scheduled, and the gradient norm. Spikes of
 def build_section(run_dir: str, kind: str, config: Row) -> Section:
     """Read a run and lay out what the page says about it."""
     section = Section(run_dir, kind, config, PurePosixPath(run_dir).name)
-    builder = {"pretrain": _pretrain, "sweep": _sweep, "post-train": _post_train, "plan": _plan}[kind]
+    builders = {"pretrain": _pretrain, "sweep": _sweep, "post-train": _post_train, "plan": _plan, "evaluate": evaluation,
+                "pictures": pictures}  # fmt: skip
+    builder = builders[kind]
     section.attempt("The run", lambda: builder(section))
     section.attempt("Provenance", lambda: _provenance(section))
     return section
@@ -145,53 +145,18 @@ def _masks(section: Section, rows: list[Row]) -> None:
 
 def mask_examples(run_dir: str) -> list[Picture]:
     """Clips of an early step, decoded and masked as the run did. Raises JepaError when the source is out of reach."""
-    from jepa_core.encoder import clip_grid
-    from jepa_core.masks import draw_masks
-    from pipelines import clips, pretrain
+    from pipelines import mask_pictures, pretrain
 
-    config = pretrain.config_of(run_dir)
-    model = config.model
-    data = clips.open_data(config, max(1, config.train.microbatches), shared=False)
     pictures = []
-    for unit, shown in _varied_units(config, data):
-        group, draw = data.plan.unit(unit)
-        clip = next(source.clip for source in data.sources if source.clip.num_frames == data.groups[group])
-        grid = clip_grid(clip, model.encoder)
-        step = unit // data.microbatches
-        drawn = [draw_masks(m, i, grid, config.seed, step, draw.sample, model.mask_policy) for i, m in enumerate(model.masks)]
-        for place in shown:
-            n = int(draw.sample[place])
-            tubelets, entry = clips.sample_clip(data, n)
-            frames = figures.clip_frames(tubelets, grid, model.encoder.patch_size)
-            parts = [("the clip", figures.image(figures.strip(frames, grid), f"frames of sample {n}"))]
-            for index, mask in enumerate(drawn):
-                context, target = mask.ratios(grid)
-                label = f"mask {index + 1}: context {context:.0%}, target {target:.0%}"
-                png = figures.strip(frames, grid, *mask.tokens_of(place))
-                parts.append((label, figures.image(png, f"sample {n} under mask {index + 1}")))
-            fps = data.sources[draw.dataset[place]].clip.fps
-            length = f"{(clip.num_frames - 1) / fps:.2g} s" if clip.num_frames > 1 else "one frame"
-            pictures.append(Picture(parts, f"Sample {n}, {length} of {entry['uri']}"))
+    for example in mask_pictures.examples(pretrain.config_of(run_dir), SAMPLES_SHOWN):
+        n, frames, grid = example.sample, example.frames, example.grid
+        parts = [("the clip", figures.image(figures.strip(frames, grid), f"frames of sample {n}"))]
+        for index, (ids, ratios) in enumerate(zip(example.hidden, example.ratios, strict=True)):
+            label = f"mask {index + 1}: context {ratios[0]:.0%}, target {ratios[1]:.0%}"
+            parts.append((label, figures.image(figures.strip(frames, grid, *ids), f"sample {n} under mask {index + 1}")))
+        length = f"{(len(frames) - 1) / example.fps:.2g} s" if len(frames) > 1 else "one frame"
+        pictures.append(Picture(parts, f"Sample {n}, {length} of {example.uri}"))
     return pictures
-
-
-def _varied_units(config: PretrainConfig, data: Any) -> list[tuple[int, list[int]]]:
-    """For each clip length (microbatch, places of samples): the early one that shows most sources, a sample of each first."""
-    sources = [catalog.read_videos(source.ref, ["source"])["source"] for source in data.sources]
-    best: dict[int, tuple[int, list[int]]] = {}
-    most: Counter[int] = Counter()
-    for unit in range(min(config.train.steps, STEPS_LOOKED_AT) * data.microbatches):
-        group, draw = data.plan.unit(unit)
-        seen: Counter[str] = Counter()
-        order = []
-        for place, (dataset, row) in enumerate(zip(draw.dataset, draw.row, strict=True)):
-            source = sources[dataset][int(row)].as_py()
-            order.append((seen[source], place))
-            seen[source] += 1
-        if len(seen) > most[group]:
-            shown = max(1, SAMPLES_SHOWN // len(data.groups))
-            best[group], most[group] = (unit, [place for _, place in sorted(order)[:shown]]), len(seen)
-    return [best[group] for group in sorted(best)]
 
 
 def _data(section: Section) -> None:

@@ -59,6 +59,7 @@ FREE_TO_CHANGE = (
     *("train.min_workers", "train.mttf_hours", "train.keep_checkpoints", "train.log_every", "train.max_failures"),
     *("train.peak_tflops", "train.trackers", "train.guard"),
     *("seeds", "concurrency", "cpus_per_trial", "gpus_per_trial", "require"),
+    *("gpus", "max_gb", "max_failed"),
 )
 """Options that a resumed run may change without becoming another run."""
 
@@ -102,6 +103,16 @@ def newest_sound_checkpoint(run_dir: str) -> Checkpoint | None:
 def set_aside(checkpoint: Checkpoint, reason: str) -> None:
     """Mark a checkpoint so that no reader takes it any more."""
     storage.write_bytes(storage.join(checkpoint.uri, DAMAGED), json.dumps({"reason": reason, "found": time.time()}).encode())
+
+
+def checkpoint_at(uri: str) -> tuple[str, Checkpoint] | None:
+    """(run folder, checkpoint) of the URI of a checkpoint's folder, None for another. Raises InputRefused where it is torn."""
+    run_dir, found, name = storage.normalize(uri).rpartition(f"/{CHECKPOINTS}/")
+    if not found or not name.startswith("step_"):
+        return None
+    if not storage.exists(storage.join(uri, COMMIT)):
+        raise InputRefused(f"{uri} is no committed checkpoint (no {COMMIT}): choose another, or give the run")
+    return run_dir, Checkpoint(storage.normalize(uri), _step_of(uri))
 
 
 def damaged_checkpoints(run_dir: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from conftest import jepa
 
 from pipelines import config as schema
 from pipelines import presets
-from pipelines.cli import VERBS, overrides
+from pipelines.cli import VERBS, main, overrides, split_verb
 from pipelines.errors import UsageError
 
 REQUIRED = {
@@ -23,6 +23,8 @@ REQUIRED = {
     "report": ["run=a"],
     "demo": [],
     "bench": ["what=probe", "run.dir=a"],
+    "evaluate probe": ["model=a", "catalog=b", "labels=c", "run.dir=d"],
+    "evaluate anticipation": ["model=a", "catalog=b", "train=c", "validation=d", "run.dir=e"],
 }
 
 
@@ -133,7 +135,7 @@ def written_commands() -> list[str]:
 
 @pytest.mark.parametrize("command", written_commands())
 def test_written_commands_are_valid(command):
-    verb, *arguments = command.split()[1:]
+    verb, arguments = split_verb(command.split()[1:])
     presets.load(VERBS[verb].options, verb, overrides(VERBS[verb], arguments))
 
 
@@ -145,3 +147,30 @@ def test_every_preset_says_paper_expectation_and_command():
         if path.parent.name != "record":
             assert "Paper: arXiv" in text, path
             assert "Expected" in text, path
+
+
+def test_verbs_of_two_words(capsys):
+    assert split_verb(["evaluate", "probe", "model=a"]) == ("evaluate probe", ["model=a"])
+    assert split_verb(["sweep", "run.dir=a"]) == ("sweep", ["run.dir=a"])
+    assert main(["evaluate"]) == 2
+    assert main(["evaluate", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("evaluate probe") == shown.count("evaluate anticipation") == 2
+    assert "pretrain" not in shown
+    assert main(["evaluate", "prob"]) == 2
+    assert "probe, anticipation" in capsys.readouterr().err
+    assert main(["evaluate", "probe", "--help"]) == 0
+    assert "kinetics" in capsys.readouterr().out
+    given = [
+        "evaluate",
+        "probe",
+        "preset=ssv2",
+        "smoke=true",
+        "model=[a,b]",
+        "catalog=c",
+        "labels.train=d",
+        "run.dir=e",
+        "--dry-run",
+    ]
+    assert main(given) == 0
+    assert "would write: e (run.dir)" in capsys.readouterr().out

@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ VIDEO_FOLDER = "recordings/MP4"
 CARTESIAN_POSITION = "observation/robot_state/cartesian_position"
 GRIPPER_POSITION = "observation/robot_state/gripper_position"
 FRAME_RECEIVED = "observation/timestamp/cameras/{serial}_frame_received"
+OBJECTS = "simulation/object_position"
+"""Group of trajectory.h5 beside the release's own, which readers of DROID do not look into."""
 
 ROLES: tuple[str, ...] = ("wrist", "ext1", "ext2")
 TIME_BASES: tuple[str, ...] = ("physical", "header")
@@ -91,6 +93,8 @@ class Episode:
     """Float64 [T, 3, 7]: joint positions (rad), velocities (rad/s), torques (N m)."""
     timestamps_ms: np.ndarray
     """Integer milliseconds since 1970 (UTC) at which each frame arrived, int64 [T]."""
+    objects: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Name -> position float64 [T, 3] in metres, base frame, where a simulator knows it. DROID has none."""
 
     @property
     def num_frames(self) -> int:
@@ -197,6 +201,19 @@ def read_episode(uri: str, camera: str = "left_mp4_path", time_base: str = "phys
     )
 
 
+def read_objects(uri: str) -> dict[str, np.ndarray]:
+    """Positions float64 [T, 3] of the objects of an episode folder by name; empty where none were recorded, as in DROID.
+
+    Raises EpisodeRefused when the file cannot be read.
+    """
+    path = storage.join(uri, TRAJECTORY_FILE)
+    try:
+        with h5py.File(io.BytesIO(storage.read_bytes(path)), "r") as file:
+            return {name: np.asarray(values, np.float64) for name, values in file.get(OBJECTS, {}).items()}
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise EpisodeRefused("unreadable_h5", f"{path}: {error}") from error
+
+
 def _check_episode(episode: Episode) -> None:
     num_frames = episode.num_frames
     if num_frames < 2 or set(episode.roles.values()) != set(episode.cameras) or not set(episode.roles) <= set(ROLES):
@@ -204,6 +221,7 @@ def _check_episode(episode: Episode) -> None:
     if "ext1" not in episode.roles:
         raise UsageError("an episode needs an external camera: DROID's left view is what training reads")
     arrays = {"actions": episode.actions, "targets": episode.targets, "timestamps_ms": episode.timestamps_ms}
+    arrays |= {f"positions of {name}": positions for name, positions in episode.objects.items()}
     arrays |= {f"frames of {serial}": frames for serial, frames in episode.cameras.items()}
     for name, array in arrays.items():
         if len(array) != num_frames:
@@ -280,6 +298,7 @@ def _write_trajectory(path: str, episode: Episode) -> None:
         tables[FRAME_RECEIVED.format(serial=serial)] = now
         for name in ("read_start", "read_end", "estimated_capture"):
             tables[f"observation/timestamp/cameras/{serial}_{name}"] = now
+    tables |= {f"{OBJECTS}/{name}": positions for name, positions in episode.objects.items()}
     with h5py.File(path, "w") as file:
         for name, values in tables.items():
             file.create_dataset(name, data=values)

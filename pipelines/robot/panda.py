@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 WORKSPACE: tuple[np.ndarray, np.ndarray] = (np.array([0.35, -0.25, 0.10]), np.array([0.65, 0.25, 0.40]))
 """Lower and upper bounds of the commanded tool position, metres, base frame."""
+OBJECTS = ("cube", "cylinder")
 
 NO_GL_MESSAGE = (
     "cannot render the simulated robot: no headless OpenGL library loads; install the Debian packages "
@@ -104,6 +105,10 @@ class PandaEnv:
     def state(self) -> np.ndarray:
         """Measured state, float64 [7]: xyz metres, extrinsic xyz Euler rad, gripper closedness 0..1; base frame."""
         return _pose_vector(self._measured_xyz(), self._measured_rotation(), self._measured_gripper())
+
+    def object_positions(self) -> dict[str, np.ndarray]:
+        """Centre of each object, float64 [3] in metres; base frame."""
+        return {name: self._data.body(name).xpos.copy() for name in OBJECTS}
 
     def target(self) -> np.ndarray:
         """Commanded state, float64 [7], in the units of ``state``; the servos follow it with a small lag."""

@@ -155,8 +155,11 @@ def _play(env: PandaEnv, seed: int, seconds: float, cameras: tuple[str, ...]) ->
     extrinsics = {camera: np.empty((num_frames, 6)) for camera in cameras}
     states, actions, targets = (np.empty((num_frames, 7)) for _ in range(3))
     joints = np.empty((num_frames, 3, 7))
+    objects = {name: np.empty((num_frames, 3)) for name in env.object_positions()}
     for tick in range(num_frames):
         states[tick], joints[tick] = env.state(), env.joint_state()
+        for name, position in env.object_positions().items():
+            objects[name][tick] = position
         for camera in cameras:
             frames[camera][tick] = env.render(camera)
             extrinsics[camera][tick] = env.camera_extrinsics(camera)
@@ -179,4 +182,5 @@ def _play(env: PandaEnv, seed: int, seconds: float, cameras: tuple[str, ...]) ->
         targets=targets,
         joints=joints,
         timestamps_ms=start_ms + np.rint(np.arange(num_frames) * 1000.0 / hz).astype(np.int64),
+        objects=objects,
     )

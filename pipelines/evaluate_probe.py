@@ -1,0 +1,285 @@
+"""jepa evaluate probe: classes of labelled videos, read out of frozen features by several probes, beside the controls.
+
+    run.dir/rows.json         samples, classes and splits as they were matched first: a continued run asks the lists no more
+    run.dir/features/         the cache of features.py
+    run.dir/results/          one JSON for each arm, seed and probe
+    run.dir/model/            the encoder with its best attentive probe, as a model folder
+    run.dir/result.json, accuracy.png, confusion.png
+
+Legend: R rows, V views, G clips of a row, N tokens, D width.
+"""
+
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from jepa_core.config import ClipConfig
+from jepa_core.probe import standardise
+from jepa_core.readout import Readout, Rows, Splits, attentive_probe, few_labels, knn_probe, linear_probe
+from jepa_core.weights import ENCODER, PREDICTOR, PROBE, ModelConfig
+from pipelines import (
+    catalog,
+    evaluate_arms,
+    evaluate_rows,
+    evaluate_table,
+    features,
+    model_folder,
+    ray_session,
+    run_folder,
+    storage,
+)
+from pipelines.catalog_schema import CatalogRef
+from pipelines.errors import InputRefused
+from pipelines.evaluate_arms import FRAME_DIFFERENCE, PIXELS, RANDOM, SCRATCH, TRAINED, Compared
+from pipelines.evaluate_config import ProbeEvaluationConfig
+from pipelines.evaluate_rows import Plan
+from pipelines.evaluate_scratch import SUPERVISED, check_small, train_from_scratch
+from pipelines.features import Cache
+from pipelines.label_match import Labelled, Sample
+from pipelines.progress import Reporter
+
+ROWS, MODEL = "rows.json", "model"
+ACCURACY, CONFUSION = "accuracy.png", "confusion.png"
+ATTENTIVE, LINEAR, KNN = "attentive", "linear", "knn"
+
+
+class Unit(NamedTuple):
+    """One probe of one seed of one arm; `share` of the training rows, 1 for all."""
+
+    arm: str
+    seed: int
+    probe: str
+    share: float = 1.0
+
+    @property
+    def column(self) -> str:
+        """What the probe is called in tables."""
+        return self.probe if self.share == 1 else f"{self.probe} {100 * self.share:g}%"
+
+    @property
+    def name(self) -> str:
+        """Of its result."""
+        return f"{self.arm}-s{self.seed}-{self.column.replace(' ', '-').rstrip('%')}"
+
+
+class Shared(NamedTuple):
+    """What every task needs."""
+
+    config: ProbeEvaluationConfig
+    run_dir: str
+    compared: Compared
+    plan: Plan
+    classes: tuple[str, ...]
+    tokens: Cache | None
+    means: Cache | None
+
+
+def run(config: ProbeEvaluationConfig, reporter: Reporter) -> dict[str, Any]:
+    """Match, decode and encode, probe; what is finished is kept. Returns the margins of the first probe.
+
+    Raises UsageError and InputRefused as the modules that it calls do.
+    """
+    config = evaluate_arms.pinned(config)
+    run_dir, ref = config.run.dir, catalog.parse_ref(config.catalog)
+    todo = units(config)
+    missing = [unit for unit in todo if evaluate_arms.read_unit(run_dir, unit.name) is None]
+    result = run_folder.read_json(run_dir, run_folder.RESULT)
+    if missing or result is None or result["seeds"] != config.seeds:
+        size = ClipConfig(num_frames=config.clips.num_frames, fps=config.clips.fps, crop_size=config.clips.crop_size)
+        compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size, config.blocks)
+        if config.scratch:
+            check_small(compared.arms[f"{TRAINED}-0"].encoder, config.from_scratch)
+        found = _labelled(config, ref, run_dir)
+        run_folder.begin(config.run, config)
+        with ray_session.session(config.ray):
+            evaluate_arms.check_gpus(config.gpus)
+            shared = _prepare(config, run_dir, ref, found, compared, reporter)
+            calls = list(evaluate_arms.grouped(missing, lambda unit: (unit.arm, unit.seed)))
+            evaluate_arms.run_tasks(_probe, [(group,) for _, group in calls], shared, config, reporter, len(missing))
+        result = _finish(shared, found, {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo})
+    reporter.table("jepa evaluate probe: test accuracy, %", *evaluate_table.accuracy_table(result))
+    reporter.table("differences, points", *evaluate_table.difference_table(result))
+    first = {line["arm"]: line["mean"] for line in result["arms"] if line["probe"] == config.probes[0]}
+    return {"run": run_dir, "probe": config.probes[0], **first}
+
+
+def units(config: ProbeEvaluationConfig) -> list[Unit]:
+    """Every unit; those of one seed beside each other."""
+    arms = (TRAINED, *(name for name in (RANDOM, PIXELS, FRAME_DIFFERENCE) if name in config.controls))
+    trained = [probe for probe in config.probes if probe != KNN]
+    probes = [(probe, 1.0) for probe in config.probes] + [(probe, share) for probe in trained for share in config.few_labels]
+    found = [Unit(arm, seed, *probe) for seed in range(config.seeds) for arm in arms for probe in probes]
+    return found + [Unit(SCRATCH, seed, SUPERVISED) for seed in range(config.seeds) if config.scratch]
+
+
+def _labelled(config: ProbeEvaluationConfig, ref: CatalogRef, run_dir: str) -> Labelled:
+    """Samples, classes and splits: those of the first start."""
+    tree = run_folder.read_json(run_dir, ROWS)
+    if tree is None:
+        found = evaluate_rows.labelled(config, ref)
+        run_folder.write_json(run_dir, ROWS, {"samples": found.samples, "classes": found.classes, "notes": found.notes})
+        return found
+    return Labelled(tuple(Sample(*sample) for sample in tree["samples"]), tuple(tree["classes"]), tree["notes"])
+
+
+def _prepare(
+    config: ProbeEvaluationConfig, run_dir: str, ref: CatalogRef, found: Labelled, compared: Compared, reporter: Reporter
+) -> Shared:
+    """Fill the cache of features, and leave out the rows that did not come out."""
+    plan = evaluate_rows.plan(ref, found.samples, config.clips, compared.clip)
+    attentive = ATTENTIVE in config.probes
+    if attentive:
+        arm = compared.arms[f"{TRAINED}-0"]
+        evaluate_arms.fitting(config.attentive, arm, arm.encoder.dim)
+    tokens = dict(compared.arms) if attentive else {}
+    if config.scratch:
+        tokens[PIXELS] = features.Arm(PIXELS, compared.arms[f"{TRAINED}-0"].encoder)
+    pooled = set(config.probes) - {ATTENTIVE}
+    controls = (PIXELS, FRAME_DIFFERENCE)
+    means = {name: arm for name, arm in compared.arms.items() if pooled and (name in controls or not attentive)}
+    evaluate_arms.check_size(tokens, compared.clip, len(plan.items), config.max_gb)
+    folder = storage.join(run_dir, evaluate_arms.FEATURES)
+    caches = [
+        features.fill(ref, plan.items, arms, compared.clip, keep, folder, reporter, num_gpus=config.gpus) if arms else None
+        for arms, keep in ((tokens, "tokens"), (means, "mean"))
+    ]
+    one = next(cache for cache in caches if cache is not None)
+    plan = evaluate_rows.without(plan, features.read(one, ()), config.max_failed, str(config.labels or config.format))
+    plan = plan._replace(items=plan.items[:0], count=len(plan.items))  # times of frames need not travel to the tasks
+    return Shared(config, run_dir, compared, plan, found.classes, *caches)
+
+
+def _probe(group: list[Unit], shared: Shared) -> list[str]:
+    """Units of one arm and seed: their features are read once."""
+    torch.set_num_threads(1)
+    done = []
+    for probe, same in evaluate_arms.grouped(group, lambda unit: unit.probe):
+        splits = None if probe == SUPERVISED else _splits(same[0], shared)
+        for unit in same:
+            if probe == SUPERVISED:
+                result = train_from_scratch(shared, unit.seed)
+            else:
+                result = _read_out(
+                    unit, few_labels(splits, _rows_of(unit, splits), unit.seed) if unit.share < 1 else splits, shared
+                )
+            evaluate_arms.write_unit(shared.run_dir, unit.name, unit._asdict() | result)
+            done.append(unit.name)
+    return done
+
+
+def _rows_of(unit: Unit, splits: Splits) -> int:
+    """Training rows of a share, one for each class at least."""
+    return max(len(splits.names), round(unit.share * len(splits.train.labels)))
+
+
+def _splits(unit: Unit, shared: Shared) -> Splits:
+    name = shared.compared.features_of(unit.arm, unit.seed)
+    pool = {ATTENTIVE: "tokens", LINEAR: "mean", KNN: "flat"}[unit.probe]
+    cache = shared.tokens if unit.probe == ATTENTIVE or not shared.means or name not in shared.means.folders else shared.means
+    found = features.read(cache, [name])
+    return evaluate_rows.splits_of(shared.plan, found, found.x[name], shared.classes, pool)
+
+
+def _read_out(unit: Unit, splits: Splits, shared: Shared) -> dict[str, Any]:
+    config = shared.config
+    try:
+        if unit.probe == LINEAR:
+            found = linear_probe(splits, config.linear, unit.seed)
+        elif unit.probe == KNN:
+            parts = (splits.train, splits.validation, splits.test)
+            scaled = standardise(*(rows.x for rows in parts))
+            found = knn_probe(Splits(*(Rows(x, rows.labels) for x, rows in zip(scaled, parts, strict=True)), splits.names))
+        else:
+            arm = shared.compared.arms[shared.compared.features_of(unit.arm, unit.seed)]
+            fitted = evaluate_arms.fitting(config.attentive, arm, splits.train.x.shape[-1])
+            found, state = attentive_probe(splits, fitted, config.grid, unit.seed, evaluate_arms.device(config.gpus))
+            if unit.arm == TRAINED and unit.share == 1:
+                model_folder.save_tensors(storage.join(shared.run_dir, evaluate_arms.RESULTS, f"{unit.name}.safetensors"), state)
+    except ValueError as error:
+        raise InputRefused(f"{config.labels or config.format}: {error}") from error
+    return told(found)
+
+
+def told(found: Readout) -> dict[str, Any]:
+    """A readout as JSON."""
+    heads = [choice.settings | {"validation": choice.validation} for choice in found.table]
+    return {
+        "test": found.test,
+        "test_top5": found.test_top5,
+        "validation": found.chosen.validation,
+        "chosen": found.chosen.settings,
+        "heads": heads,
+        "num_test": found.num_test,
+        "predicted": list(found.predicted),
+    }
+
+
+def _finish(shared: Shared, labelled: Labelled, results: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
+    """Result, pictures and the model with its probe. Returns the result."""
+    config, plan = shared.config, shared.plan
+    values: dict[tuple[str, str], list[float]] = {}
+    top5: dict[tuple[str, str], list[float]] = {}
+    for unit, result in results.items():
+        values.setdefault((unit.arm, unit.column), []).append(result["test"])
+        top5.setdefault((unit.arm, unit.column), []).append(result["test_top5"])
+    labels = plan.labels["test"]
+    scores = evaluate_table.scores(values, len(labels), TRAINED)
+    for line in scores["arms"]:
+        line["top5"] = float(np.mean(top5[line["arm"], line["probe"]]))
+    # By validation, as the head itself: the picture is of no seed that was chosen for its test accuracy.
+    shown = max(
+        (u for u in results if u[0] == TRAINED and u[2:] == (config.probes[0], 1.0)), key=lambda u: results[u]["validation"]
+    )
+    counts = evaluate_table.confusion(labels, results[shown]["predicted"], len(shared.classes))
+    guessing = float(np.bincount(labels, minlength=len(shared.classes)).max() / len(labels))
+    clips = asdict(config.clips) | {key: getattr(shared.compared.clip, key) for key in ("num_frames", "fps", "crop_size")}
+    result = {
+        "task": "probe",
+        "lead": f"{len(shared.classes)} classes, read out of frozen features; always guessing the most frequent one is right in "
+        f"{guessing:.1%}.",
+        "catalog": config.catalog,
+        "models": config.model,
+        "seeds": config.seeds,
+        "clip": clips,
+        "classes": list(shared.classes),
+        "splits": {split: len(rows) for split, rows in plan.labels.items()},
+        "guessing": guessing,
+        "list": labelled.notes,
+        "failures": evaluate_arms.failures_told(plan.failures),
+        **scores,
+        "confusion": {"arm": shown.arm, "seed": shown.seed, "probe": shown.column, "counts": counts.tolist()},
+        "pictures": [
+            {"file": ACCURACY, "caption": "Test accuracy by probe and features. The dashed line is guessing."},
+            {"file": CONFUSION, "caption": f"What the {shown.column} probe of the trained features takes for what."},
+        ],
+    }
+    storage.write_bytes(storage.join(shared.run_dir, ACCURACY), evaluate_table.bars(result, "test accuracy, %", guessing))
+    title = f"{shown.column} probe of the trained encoder, seed {shown.seed}"
+    picture = evaluate_table.confusion_picture(counts, shared.classes, title)
+    storage.write_bytes(storage.join(shared.run_dir, CONFUSION), picture)
+    if ATTENTIVE in config.probes and not model_folder.is_model(storage.join(shared.run_dir, MODEL)):
+        _export(shared, results)
+    run_folder.write_json(shared.run_dir, run_folder.RESULT, result)
+    return result
+
+
+def _export(shared: Shared, results: dict[Unit, dict[str, Any]]) -> None:
+    """The model with the attentive probe of the seed that is best on validation, under the official keys."""
+    candidates = [unit for unit in results if unit.arm == TRAINED and unit.probe == ATTENTIVE and unit.share == 1]
+    best = max(candidates, key=lambda unit: results[unit]["validation"])
+    state = model_folder.load_tensors(storage.join(shared.run_dir, evaluate_arms.RESULTS, f"{best.name}.safetensors"))
+    arm = shared.compared.arms[shared.compared.features_of(TRAINED, best.seed)]
+    probe = replace(shared.config.attentive, num_classes=len(shared.classes))
+    clip = model_folder.ClipFormat(shared.compared.clip.num_frames, shared.compared.clip.crop_size, shared.compared.clip.fps)
+    source = {"format": "jepa-evaluation", "uri": shared.run_dir, "seed": best.seed, "classes": list(shared.classes)}
+    if arm.blocks:
+        source["blocks"] = list(arm.blocks)
+    whole = model_folder.read(shared.config.model[best.seed if shared.compared.several else 0])
+    parts = {ENCODER: dict(arm.state or {}), PROBE: state}
+    config = ModelConfig(encoder=arm.encoder, probe=probe)
+    if PREDICTOR in whole.parts:  # transformers' classifier is not to be had without
+        parts[PREDICTOR], config = whole.parts[PREDICTOR], replace(config, predictor=whole.config.predictor)
+    folder = model_folder.ModelFolder(config, parts, clip=clip, source=source)
+    model_folder.write(folder, storage.join(shared.run_dir, MODEL))

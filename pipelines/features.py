@@ -1,0 +1,409 @@
+"""Features of exact clips from frozen encoders and from none: decoded once for all of them, by a Ray Data job, and cached.
+
+An item is a list of frame times of one video and a square crop. Items are cut into blocks; a block that stands in the cache is
+not decoded again, so a killed job continues, and another encoder added later decodes anew but leaves what the others have.
+
+Legend: R items that came out, T frames, S crop size in pixels, N tokens, P values of a tubelet, D feature width.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from jepa_core.config import ClipConfig, EncoderConfig
+from jepa_core.encoder import VisionTransformer, clip_grid
+from jepa_core.sampling import Crop
+from jepa_core.weights import State
+from pipelines import catalog, storage
+from pipelines.catalog_schema import CatalogRef
+from pipelines.clip_reader import COLUMNS, read_frames
+from pipelines.errors import InputRefused, JepaError, Retryable, unwrapped
+from pipelines.pretrain import load_encoder
+from pipelines.progress import Reporter
+from pipelines.video import VideoRefused, tubelets
+
+Keep = Literal["mean", "tokens"]
+FRAMES = "frames"
+BLOCK_BYTES = 32 << 20
+"""Decoded frames of a block, about."""
+BLOCK_ITEMS = 64
+POOLED = (4, 12, 12)
+"""What pixels and frame differences are averaged to at most, along time, height and width, where one row a clip is kept."""
+DATA, DONE = ".safetensors", ".json"
+"""Files of a block: features, and then what came out and what did not."""
+
+
+class Item(NamedTuple):
+    """One clip to read: its frames, in the order in which they are shown, and one of its square crops."""
+
+    video: str
+    """Catalog id."""
+    pts: np.ndarray
+    """int64 [T] in the video's time base; may descend and repeat."""
+    view: int = 0
+    views: int = 1
+    """1: the centre; V: V squares spread evenly along the longer side of the frame as displayed, ends included."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """What makes features of frames. Those without an encoder have the tubelets of `encoder`'s sizes where tokens are kept."""
+
+    kind: Literal["trained", "random", "pixels", "frame_difference"]
+    encoder: EncoderConfig
+    state: State | None = None
+    """trained: weights."""
+    seed: int = 0
+    """random: of the initial weights."""
+    blocks: tuple[int, ...] = ()
+    """Encoder blocks whose normalised output is taken, one after the other along the tokens; none for the encoder's output."""
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits: equal for equal features of equal frames."""
+        told = hashlib.blake2b(json.dumps([self.kind, asdict(self.encoder), self.seed, self.blocks]).encode(), digest_size=8)
+        for name, tensor in sorted((self.state or {}).items()):
+            told.update(name.encode())
+            told.update(tensor.detach().contiguous().view(torch.uint8).numpy())
+        return told.hexdigest()
+
+
+class Features(NamedTuple):
+    """What came out of a list of items."""
+
+    kept: np.ndarray
+    """Numbers of the items that came out, ascending, int64 [R]."""
+    x: dict[str, Tensor]
+    """By arm, rows in the order of `kept`: float32 [R, D] of the mean token, or float16 [R, N, D]."""
+    failures: list[dict[str, Any]]
+    """item, video, reason, detail of the others."""
+
+
+class Cache(NamedTuple):
+    """Where the features of a list of items stand: a folder for each arm, with so many blocks."""
+
+    folders: dict[str, str]
+    blocks: int
+
+
+class _Job(NamedTuple):
+    """What every task needs; `arms` are a reference in Ray's store, `rows` too."""
+
+    ref: CatalogRef
+    clip: ClipConfig
+    keep: Keep
+    folders: dict[str, str]
+    arms: Any
+    rows: Any
+
+
+def trained_arm(uri: str, blocks: Sequence[int] = ()) -> Arm:
+    """The encoder (the teacher, if there is one) of a run or a model folder. Raises as pretrain.load_encoder does."""
+    encoder, _ = load_encoder(uri)
+    return Arm("trained", encoder.config, dict(encoder.state_dict()), blocks=tuple(blocks))
+
+
+def square_crop(width: int, height: int, view: int, views: int) -> Crop:
+    """The largest square of a frame of these sizes: the centre one, or number `view` of `views` along the longer side.
+
+    As published, but for the order: the reference (evals/video_classification_frozen, short side to the crop size, then squares)
+    scales the frame and then crops, here the square is cut out and scaled, so the edges of the outer squares and offsets of less
+    than a pixel differ. For one view it scales the short side to 256/224 of the crop, and shows 88 % of what is shown here.
+    """
+    side = min(width, height)
+    share = 0.5 if views == 1 else view / (views - 1)
+    return Crop(round((width - side) * share), round((height - side) * share), side, side, False)
+
+
+def extract(
+    ref: CatalogRef,
+    items: Sequence[Item],
+    arms: Mapping[str, Arm],
+    clip: ClipConfig,
+    keep: Keep,
+    folder: str,
+    reporter: Reporter,
+    *,
+    num_gpus: float = 0.0,
+) -> Features:
+    """Features of every item by every arm: `fill`, and `read` of everything."""
+    return read(fill(ref, items, arms, clip, keep, folder, reporter, num_gpus=num_gpus))
+
+
+def fill(
+    ref: CatalogRef,
+    items: Sequence[Item],
+    arms: Mapping[str, Arm],
+    clip: ClipConfig,
+    keep: Keep,
+    folder: str,
+    reporter: Reporter,
+    *,
+    num_gpus: float = 0.0,
+) -> Cache:
+    """Bring the features of every item by every arm into the cache below `folder`; needs an open Ray session.
+
+    Of `clip`, num_frames and crop_size count.
+    Without `num_gpus` a task decodes and encodes a block; with it, tasks decode and one actor for each such share of the
+    cluster's GPUs encodes, under bf16 autocast. Raises InputRefused for items of videos that the catalog
+    does not have, Retryable where a task is lost.
+    """
+    entries = _entries(ref, items, clip)
+    folders = _folders(ref, items, arms, clip, keep, folder)
+    size = max(1, min(BLOCK_ITEMS, BLOCK_BYTES // (clip.num_frames * clip.crop_size**2 * 3)))
+    blocks = [range(first, min(first + size, len(items))) for first in range(0, len(items), size)]
+    missing = _missing(folders, len(blocks))
+    if missing:
+        reporter.start("features", len(items), "clips")
+        done = len(items) - sum(len(blocks[number]) for number in missing)
+        for number in _run(missing, blocks, items, entries, arms, _Job(ref, clip, keep, folders, None, None), num_gpus):
+            done += len(blocks[number])
+            reporter.advance(done)
+        reporter.stop()
+    return Cache(folders, len(blocks))
+
+
+def read(cache: Cache, names: Sequence[str] | None = None) -> Features:
+    """Features of some arms, or of all, from the cache; of none, what came out. Raises InputRefused where arms do not agree."""
+    from safetensors.torch import load
+
+    chosen = list(cache.folders) if names is None else list(names)
+    told, x = [], {}
+    for name in chosen or list(cache.folders)[:1]:
+        blocks = [json.loads(storage.read_bytes(_file(cache.folders[name], n, DONE))) for n in range(cache.blocks)]
+        told.append([block["kept"] for block in blocks])
+        if told[-1] != told[0]:
+            raise InputRefused(f"{cache.folders[name]} holds other clips than the cache beside it: remove both, videos changed")
+        failures = [failure for block in blocks for failure in block["failures"]]
+        if name in chosen:
+            wanted = [n for n, block in enumerate(blocks) if block["kept"]]
+            parts = [load(storage.read_bytes(_file(cache.folders[name], n, DATA)))["x"] for n in wanted]
+            x[name] = torch.cat(parts) if parts else torch.empty(0)
+    return Features(np.array([item for block in told[0] for item in block], np.int64), x, failures)
+
+
+def encode(arm: Arm, frames: np.ndarray, keep: Keep, device: str = "cpu") -> Tensor:
+    """Features of clips uint8 [B, T, S, S, 3]: float32 [B, D], or float16 [B, N, D] for keep="tokens"."""
+    encoder = arm.encoder
+    _, num_frames, size = frames.shape[:3]
+    grid = clip_grid(ClipConfig(num_frames=num_frames, crop_size=size), encoder)
+    if arm.kind in ("pixels", "frame_difference") and keep == "mean":
+        return _pooled(frames, difference=arm.kind == "frame_difference")
+    depth = 1 if num_frames == 1 else encoder.tubelet_size
+    cut = torch.from_numpy(np.stack([tubelets(one, depth, encoder.patch_size) for one in frames]))
+    if arm.kind in ("pixels", "frame_difference"):
+        tokens = cut.float().div(255)
+        if arm.kind == "frame_difference":
+            tokens = tokens.unflatten(-1, (depth, -1))
+            tokens = tokens[:, :, -1] - tokens[:, :, 0]
+        return tokens.half()
+    module = _module(arm, device)
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+        found = module(cut.to(device), grid, levels=arm.blocks)
+    tokens = found.float()
+    if arm.blocks:  # side by side along the channels: the published probes take them one after the other
+        tokens = torch.cat(tokens.chunk(len(arm.blocks), dim=-1), dim=1)
+    return (tokens.mean(1) if keep == "mean" else tokens.half()).cpu()
+
+
+def _pooled(frames: np.ndarray, *, difference: bool) -> Tensor:
+    """Frames, or what changes from each to the next, averaged to POOLED at most: float32 [B, D]."""
+    clips = torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float().div(255)
+    if difference and clips.shape[2] > 1:
+        clips = clips[:, :, 1:] - clips[:, :, :-1]
+    return F.adaptive_avg_pool3d(clips, [min(a, b) for a, b in zip(clips.shape[2:], POOLED, strict=True)]).flatten(1)
+
+
+_MODULES: dict[tuple[str, str], VisionTransformer] = {}
+"""Encoders of this process by arm and device."""
+
+
+def _module(arm: Arm, device: str) -> VisionTransformer:
+    key = (arm.digest, device)
+    if key not in _MODULES:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(arm.seed)
+            module = VisionTransformer(arm.encoder)
+        if arm.state is not None:
+            module.load_state_dict(arm.state)
+        _MODULES[key] = module.eval().requires_grad_(False).to(device)
+    return _MODULES[key]
+
+
+def _entries(ref: CatalogRef, items: Sequence[Item], clip: ClipConfig) -> pa.Table:
+    """The catalog rows of the items' videos."""
+    wrong = next((n for n, item in enumerate(items) if len(item.pts) != clip.num_frames or not 0 <= item.view < item.views), None)
+    if wrong is not None:
+        item = items[wrong]
+        raise ValueError(f"item {wrong}: {len(item.pts)} frames, view {item.view} of {item.views}; a clip has {clip.num_frames}")
+    wanted = {item.video for item in items}
+    rows = catalog.read_videos(ref, COLUMNS)
+    rows = rows.filter(pc.is_in(rows["id"], pa.array(sorted(wanted), pa.string())))
+    absent = sorted(wanted - set(rows["id"].to_pylist()))
+    if absent:
+        raise InputRefused(f"{ref} does not hold {len(absent)} of {len(wanted)} videos asked for: {', '.join(absent[:5])}")
+    return rows.combine_chunks()
+
+
+def _folders(
+    ref: CatalogRef, items: Sequence[Item], arms: Mapping[str, Arm], clip: ClipConfig, keep: Keep, folder: str
+) -> dict[str, str]:
+    """The cache of each arm, named by all that its features follow from."""
+    told = hashlib.blake2b(f"{ref} {clip.num_frames} {clip.crop_size} {keep}".encode(), digest_size=8)
+    for item in items:
+        told.update(f"{item.video} {item.view} {item.views} ".encode())
+        told.update(item.pts.astype("<i8").tobytes())
+    return {name: storage.join(storage.normalize(folder), told.hexdigest(), arm.digest) for name, arm in arms.items()}
+
+
+def _missing(folders: Mapping[str, str], blocks: int) -> dict[int, list[str]]:
+    """{block: arms that do not have it}, without the blocks that all have."""
+    found = {}
+    for name, folder in folders.items():
+        have = {info.uri for info in storage.list_files(folder, (DONE,), missing_ok=True)}
+        for number in range(blocks):
+            if _file(folder, number, DONE) not in have:
+                found.setdefault(number, []).append(name)
+    return dict(sorted(found.items()))
+
+
+def _file(folder: str, number: int, suffix: str) -> str:
+    return storage.join(folder, f"{number:07d}{suffix}")
+
+
+def _run(
+    missing: dict[int, list[str]],
+    blocks: list[range],
+    items: Sequence[Item],
+    entries: pa.Table,
+    arms: Mapping[str, Arm],
+    job: _Job,
+    num_gpus: float,
+) -> Iterator[int]:
+    """The Ray Data job over the missing blocks: numbers of those that now stand in the cache, as they come."""
+    import ray
+    import ray.data
+
+    from pipelines import units
+
+    row_of = {video: row for row, video in enumerate(entries["id"].to_pylist())}
+    job = job._replace(arms=ray.put(dict(arms)), rows=ray.put(entries))
+    plans = [_plan(number, names, blocks[number], items, row_of) for number, names in missing.items()]
+    data = ray.data.from_arrow(plans)
+    data.context.target_max_block_size = 1  # bytes: every row is a block of its own, and its own task
+    whole = {"batch_size": None, "batch_format": "pyarrow"}
+    if num_gpus:
+        actors = max(1, math.floor(ray.cluster_resources().get("GPU", 0) / num_gpus))
+        pool = ray.data.ActorPoolStrategy(size=actors)
+        data = data.map_batches(_decode, fn_args=(job,), num_cpus=1, **whole)
+        data = data.map_batches(_Encoder, fn_constructor_args=(job,), compute=pool, num_gpus=num_gpus, **whole)
+    else:
+        data = data.map_batches(_decode_and_encode, fn_args=(job,), num_cpus=1, **whole)
+    try:
+        for table in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in range(table.num_rows):
+                yield units.unit_of(table.slice(row, 1)).number
+    except Exception as error:  # Ray wraps what a task raises
+        ours = unwrapped(error)
+        if isinstance(ours, JepaError):
+            raise ours from error
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise Retryable(f"features: a task failed ({last}); the same command extracts what is missing") from error
+
+
+def _plan(number: int, names: list[str], block: range, items: Sequence[Item], row_of: Mapping[str, int]) -> pa.Table:
+    mine = [items[place] for place in block]
+    return pa.table(
+        {
+            "number": [number],
+            "first": [block.start],
+            "arms": [names],
+            "rows": [[row_of[item.video] for item in mine]],
+            "views": [[value for item in mine for value in (item.view, item.views)]],
+            "pts": [np.concatenate([item.pts for item in mine]).astype(np.int64)],
+        }
+    )
+
+
+def _decode(plan: pa.Table, job: _Job) -> pa.Table:
+    """The frames of one block, as a unit of one row: `samples` are the items that came out, `datasets` the arms to encode for."""
+    import ray
+
+    from pipelines import units
+
+    number, first, arms = (plan[name][0].as_py() for name in ("number", "first", "arms"))
+    rows, views, pts = (np.array(plan[name][0].as_py(), np.int64) for name in ("rows", "views", "pts"))
+    entries = ray.get(job.rows).take(pa.array(rows)).to_pylist()
+    frames, size = pts.reshape(len(rows), -1), job.clip.crop_size
+    out = np.empty((len(rows), frames.shape[1], 1, 1, 1, size, size, 3), np.uint8)
+    kept, failures = [], []
+    try:
+        for place, entry in enumerate(entries):
+            try:
+                crop = square_crop(entry["width"], entry["height"], *views[2 * place : 2 * place + 2].tolist())
+                read_frames(job.ref, entry, frames[place], crop, out[len(kept)])
+            except VideoRefused as refusal:
+                failures.append(_failure(first + place, entry, refusal.reason, refusal.detail))
+            except InputRefused as error:
+                reason = "changed" if isinstance(error, storage.ObjectChanged) else "vanished"
+                failures.append(_failure(first + place, entry, reason, str(error)))
+            else:
+                kept.append(first + place)
+    except JepaError as error:
+        return units.empty(number, 0, (FRAMES,), f"{type(error).__name__}: {error}")
+    wanted = np.array([sorted(job.folders).index(name) for name in arms], np.int32)
+    arrays = {FRAMES: out[: len(kept)]}
+    return units.block(number, 0, 0, np.array(kept, np.int64), arrays, datasets=wanted, failures=failures)
+
+
+def _failure(item: int, entry: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:
+    return {"item": item, "video": entry["id"], "uri": entry["uri"], "reason": reason, "detail": detail}
+
+
+def _encode_block(table: pa.Table, job: _Job, device: str) -> pa.Table:
+    """Features of one block into the cache, arm by arm."""
+    import ray
+    from safetensors.torch import save
+
+    from pipelines import units
+
+    try:
+        unit = units.unit_of(table)
+        frames = unit.array(FRAMES, np.uint8, (len(unit.samples), job.clip.num_frames, job.clip.crop_size, job.clip.crop_size, 3))
+        told = json.dumps({"kept": unit.samples.tolist(), "failures": unit.failures}).encode()
+        arms = ray.get(job.arms)
+        for place in unit.datasets.tolist():
+            name = sorted(job.folders)[place]
+            if len(frames):
+                block = save({"x": encode(arms[name], frames, job.keep, device).contiguous()})
+                storage.write_bytes(_file(job.folders[name], unit.number, DATA), block)
+            storage.write_bytes(_file(job.folders[name], unit.number, DONE), told)
+    except JepaError as error:
+        return units.empty(0, 0, (), f"{type(error).__name__}: {error}")
+    return units.empty(unit.number, 0, ())
+
+
+def _decode_and_encode(plan: pa.Table, job: _Job) -> pa.Table:
+    torch.set_num_threads(1)
+    return _encode_block(_decode(plan, job), job, "cpu")
+
+
+class _Encoder:
+    """An actor that holds the encoders on its GPU."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job, self.device = job, "cuda" if torch.cuda.is_available() else "cpu"
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return _encode_block(table, self.job, self.device)
