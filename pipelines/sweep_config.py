@@ -47,7 +47,7 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class BlocksSpace:
-    """What is swept of one family of blocks. Grid: all values of a list. Random and Optuna: [low, high]. Empty: the base's own."""
+    """What is swept of one family of blocks. Grid: all values. Random and Optuna: [low, high]. Empty: the base's own."""
 
     spatial_scale: list[float] = field(default_factory=list)
     """Share of the frame that a block covers."""

@@ -136,9 +136,10 @@ def curves(result: Row, metric: str) -> bytes:
         for ax, key in zip(axes, ("samples", axis), strict=True):
             for number, entry in enumerate(result["ranking"]):
                 _curve(ax, _lines(result, entry["name"], key), COLOURS[number % len(COLOURS)], entry["name"], number)
-            for name, value in result["controls"].items():
+            for place, (name, value) in enumerate(result["controls"].items()):
                 ax.axhline(value, ls=(0, (4, 3)), lw=1.1, color=MUTED)
-                ax.annotate(name, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 3), ha="right",
+                side, x = (("right", 1), ("left", 0))[place % 2]
+                ax.annotate(name, (x, value), xycoords=("axes fraction", "data"), xytext=((-2, 2)[place % 2], 3), ha=side,
                             textcoords="offset points", color=MUTED)  # fmt: skip
             ax.set_xlim(left=0)
         budget = result["equal_compute"]["budget"]
