@@ -41,7 +41,7 @@ def submit(address: str, verb: str, arguments: Sequence[str]) -> int:
     if name in {job.submission_id for job in client.list_jobs()}:
         print(f"attaching to {name}", file=sys.stderr)
     else:
-        command = ["jepa", *verb.split(), *arguments] + ([] if verb == "report" else ["ray.address=auto"])
+        command = ["jepa", *verb.split(), *arguments] + ([] if verb.endswith("report") else ["ray.address=auto"])
         _submit(client, shlex.join(command), name)
         print(f"submitted {name}", file=sys.stderr)
     return _follow(client, name)

@@ -66,7 +66,7 @@ def run(config: BenchConfig, reporter: Reporter) -> dict[str, Any]:
         run_folder.refuse_other_run(run_dir, config)  # its results would be taken for this benchmark's
     run_folder.begin(config.run, config)
     with ray_session.session(config.ray):
-        catalogs = _catalogs(config, run_dir, reporter)
+        catalogs = generated(config, run_dir, reporter)
         trials = {(arm, seed): trial_config(config, catalogs, run_dir, arm, seed) for arm, seed in keys(config)}
         missing = [key for key in trials if run_folder.read_json(_trial_dir(run_dir, *key), run_folder.RESULT) is None]
         inputs = run_folder.read_json(run_dir, INPUTS)
@@ -187,7 +187,7 @@ def _right(x: Tensor, y: Tensor, weight: Tensor) -> float:
     return (_logits(x, weight).argmax(dim=1) == y).float().mean().item()
 
 
-def _catalogs(config: BenchConfig, run_dir: str, reporter: Reporter) -> dict[str, str]:
+def generated(config: BenchConfig, run_dir: str, reporter: Reporter) -> dict[str, str]:
     """{"pretrain": uri@version, "probe": uri@version}, generated and ingested unless they were before."""
     known = run_folder.read_json(run_dir, f"{CATALOGS}.json")
     if known is not None:

@@ -17,6 +17,7 @@ from pipelines import ingest_config as ingest_schema
 from pipelines import ledger_config as ledger_schema
 from pipelines import presets
 from pipelines import seeing_config as seeing_schema
+from pipelines import sweep_config as sweep_schema
 from pipelines.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, JepaError, UsageError
 from pipelines.progress import Reporter
 
@@ -64,11 +65,19 @@ VERBS = {
         schema.PretrainConfig, "pipelines.pretrain", "masked latent prediction on a catalog", ("catalog",), ("run.dir",)
     ),
     "sweep": Verb(
-        schema.SweepConfig,
+        sweep_schema.SweepConfig,
         "pipelines.sweep",
         "compare mask settings by a frozen probe",
         ("catalog", "probe.trajectories"),
         ("run.dir",),
+    ),
+    "sweep report": Verb(
+        sweep_schema.SweepReportConfig,
+        "pipelines.sweep_report",
+        "table, heat maps, curves and winning preset of a sweep",
+        ("run",),
+        ("out",),
+        ("run",),
     ),
     "record": Verb(schema.RecordConfig, "pipelines.record", "record simulated robot episodes", (), ("out",)),
     "post-train": Verb(

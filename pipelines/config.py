@@ -110,49 +110,6 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
-class ProbeConfig:
-    """The frozen probe that ranks encoders: what can be read out of features that the probe cannot change."""
-
-    kind: Literal["robot_state", "retrieval"] = "robot_state"
-    """robot_state: R^2 of a ridge regression to the end-effector position, on held-out episodes. retrieval: the share of videos
-    whose last third finds its own first third."""
-    trajectories: str | None = None
-    """DROID-raw folder, for robot_state."""
-    max_items: int = 64
-    """Episodes or videos used."""
-    frames_per_episode: int = 12
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """jepa sweep: the same pretraining under several masks, ranked by a frozen probe, never by the loss."""
-
-    base: str = "smoke"
-    """Pretraining preset that every trial starts from."""
-    catalog: str = MISSING
-    masks: dict[str, list[MaskConfig]] = field(default_factory=dict)
-    """Trial name -> its masks."""
-    seeds: list[int] = field(default_factory=lambda: [0])
-    overrides: list[str] = field(default_factory=list)
-    """Further key=value settings for every trial."""
-    steps: int = 0
-    """Training steps of each trial; 0 keeps the base preset's."""
-    concurrency: int = 1
-    cpus_per_trial: float = 1.0
-    gpus_per_trial: float = 0.0
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    ray: RayConfig = field(default_factory=RayConfig)
-
-    def check(self) -> None:
-        """A sweep needs at least two things to compare."""
-        if len(self.masks) < 2:
-            raise UsageError(f"masks has {len(self.masks)} entries: a sweep compares at least two, see configs/sweep/")
-        if self.probe.kind == "robot_state" and not self.probe.trajectories:
-            raise UsageError("probe.kind=robot_state needs probe.trajectories=URI; without robot data use probe.kind=retrieval")
-
-
-@dataclass(frozen=True)
 class SimConfig:
     """The simulated robot's camera and control loop."""
 

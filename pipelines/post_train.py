@@ -128,7 +128,7 @@ def run(config: PostTrainConfig, reporter: Reporter) -> dict[str, Any]:
     with ray_session.session(config.ray):
         if start == 0:
             _freeze_encoder(*frozen, config.run.dir)
-        if start < config.train.steps:
+        if start < config.train.end:
             _fit(config, source, reporter)
         if run_folder.read_json(config.run.dir, run_folder.RESULT) is None:
             run_folder.write_json(config.run.dir, run_folder.RESULT, {"rollout": measure_rollout(config)})
@@ -137,7 +137,7 @@ def run(config: PostTrainConfig, reporter: Reporter) -> dict[str, Any]:
     last = {key: lines[-1][key] for key in shown} if lines else {}
     rollout = run_folder.read_json(config.run.dir, run_folder.RESULT)["rollout"]
     horizons = {f"rollout_{name}": rollout[name][-1] for name in ("model", "copy_last", "shuffled_actions")}
-    return {"run": config.run.dir, "step": max(start, config.train.steps), **last, **horizons}
+    return {"run": config.run.dir, "step": max(start, config.train.end), **last, **horizons}
 
 
 def split_episodes(episodes: Any, holdout: float) -> tuple[Any, Any]:
@@ -222,7 +222,7 @@ def _fit(config: PostTrainConfig, source: PretrainConfig, reporter: Reporter) ->
     def dataset(first_step: int, fillers: int) -> Any:
         return trajectories.trajectory_dataset(
             episodes, config.num_frames, config.fps, size, config.seed, config.train.batch_size, config.train.microbatches,
-            first_step, config.train.steps, fillers, config.data,
+            first_step, config.train.end, fillers, config.data,
         )  # fmt: skip
 
     if config.ray.address is None:

@@ -85,14 +85,14 @@ def run(config: PretrainConfig, reporter: Reporter) -> dict[str, Any]:
     check_trackers(config.train.trackers, config.run.dir)
     config = pinned(config)
     start = run_folder.begin(config.run, config)
-    if start < config.train.steps:
+    if start < config.train.end:
         with ray_session.session(config.ray):
             _fit(config, reporter)
     lines = run_folder.read_parts(config.run.dir, run_folder.METRICS)
     shown = ("loss", "trivial", "feature_std", "rank_me", "clips_per_s", "data_wait", "goodput")
     last = {key: lines[-1][key] for key in shown} if lines else {}
     catalogs = {name: dataset.catalog for name, dataset in config.sources.items()}
-    return {"run": config.run.dir, "step": max(start, config.train.steps), "catalogs": catalogs, **last}
+    return {"run": config.run.dir, "step": max(start, config.train.end), "catalogs": catalogs, **last}
 
 
 def pinned(config: PretrainConfig) -> PretrainConfig:
@@ -188,7 +188,7 @@ def _fit(config: PretrainConfig, reporter: Reporter) -> None:
     data = clips.open_data(config, config.train.microbatches)
 
     def dataset(first_step: int, fillers: int) -> Any:
-        return clips.unit_dataset(data, first_step, config.train.steps, fillers)
+        return clips.unit_dataset(data, first_step, config.train.end, fillers)
 
     told = {
         "catalogs": {name: {"catalog": source.catalog, "digest": data.digests[name]} for name, source in config.sources.items()}

@@ -15,20 +15,26 @@ from jepa_core.encoder import VisionTransformer, clip_grid
 from jepa_core.positions import Grid
 from jepa_core.probe import retrieval_accuracy, ridge_r2
 from jepa_core.sampling import centre_crop, clip_frames
-from pipelines import catalog, storage, trajectories
-from pipelines.config import PretrainConfig, ProbeConfig
+from pipelines import bench_probe, catalog, storage, trajectories
+from pipelines.bench_config import BenchConfig
+from pipelines.config import PretrainConfig
 from pipelines.errors import InputRefused
+from pipelines.progress import Reporter
+from pipelines.sweep_config import ProbeConfig
 from pipelines.video import VideoRefused, decode_clip, frame_patches, tubelets
 
 MIN_EPISODES = 4
 POOLED_SIDE = 3
 """Tokens of a frame are averaged to at most 3x3 before the ridge: where things are must stay readable."""
 PIXEL_SIDE = 24
-METRICS = {
-    "robot_state": "R2 of end-effector position, held-out episodes",
-    "retrieval": "own first third found by last third",
-}
 BATCH = 64
+
+
+class Digits(NamedTuple):
+    """The labelled clips of the moving digits, and the catalogs of both parts."""
+
+    clips: bench_probe.ProbeClips
+    catalogs: dict[str, str]
 
 
 class ProbeData(NamedTuple):
@@ -46,8 +52,18 @@ def load_data(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
     return _robot_frames(probe, config) if probe.kind == "robot_state" else _video_thirds(probe, config)
 
 
-def score(encoder: VisionTransformer, data: ProbeData) -> float:
+def digits(probe: ProbeConfig, config: PretrainConfig, run_dir: str, reporter: Reporter) -> Digits:
+    """Moving digits of the probe's level, generated and ingested below `run_dir` unless they were before."""
+    level = BenchConfig("probe", probe.level, digits=probe.digits)
+    catalogs = bench_probe.generated(level, run_dir, reporter)
+    clips = bench_probe.read_probe_clips(catalogs["probe"], storage.join(run_dir, bench_probe.VIDEOS), config)
+    return Digits(clips, catalogs)
+
+
+def score(encoder: VisionTransformer, data: ProbeData | bench_probe.ProbeClips) -> float:
     """The probe's number for an encoder: higher is better."""
+    if isinstance(data, bench_probe.ProbeClips):
+        return bench_probe.probe(bench_probe.features(encoder, data), data)["direction"]
     features = []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for start in range(0, len(data.tokens), BATCH):
@@ -56,8 +72,16 @@ def score(encoder: VisionTransformer, data: ProbeData) -> float:
     return _measure(torch.cat(features), data)
 
 
-def pixel_score(data: ProbeData) -> float:
+def random_score(config: PretrainConfig, seed: int, data: ProbeData | bench_probe.ProbeClips) -> float:
+    """The probe on an untrained encoder, that with which a run of this seed begins: what architecture alone gives."""
+    torch.manual_seed(seed)
+    return score(VisionTransformer(config.model.encoder).eval(), data)
+
+
+def pixel_score(data: ProbeData | bench_probe.ProbeClips) -> float:
     """The same probe on raw pixels, brought to about the size of the features."""
+    if isinstance(data, bench_probe.ProbeClips):
+        return bench_probe.probe(bench_probe.pixels(data), data)["direction"]
     patch = data.patch_size
     side = data.grid.h * patch
     depth = data.tokens.shape[-1] // (patch * patch * 3)

@@ -14,6 +14,7 @@ from pipelines.errors import InputRefused
 from pipelines.report_evaluate import evaluation, pictures
 from pipelines.report_figures import BLUE, GREEN, MUTED, ORANGE, PURPLE, Series
 from pipelines.report_page import Card, Group, Picture, Row, Section, Table, centimetres, number, percent
+from pipelines.report_sweep import sweep
 
 EPISODES = "episodes"
 AGENTS = ("planner", "random", "no-op", "oracle")
@@ -47,7 +48,7 @@ SCHEDULE_CAPTION = "Learning rate as scheduled, and the gradient norm. Spikes of
 def build_section(run_dir: str, kind: str, config: Row) -> Section:
     """Read a run and lay out what the page says about it."""
     section = Section(run_dir, kind, config, PurePosixPath(run_dir).name)
-    builders = {"pretrain": _pretrain, "sweep": _sweep, "post-train": _post_train, "plan": _plan, "evaluate": evaluation,
+    builders = {"pretrain": _pretrain, "sweep": sweep, "post-train": _post_train, "plan": _plan, "evaluate": evaluation,
                 "pictures": pictures}  # fmt: skip
     builder = builders[kind]
     section.attempt("The run", lambda: builder(section))
@@ -204,47 +205,6 @@ def _result(section: Section) -> Row | None:
     except ValueError as error:
         raise InputRefused(f"{run_folder.RESULT} is not JSON ({error})") from error
     return result if isinstance(result, dict) else None
-
-
-def _sweep(section: Section) -> None:
-    tree = section.config
-    seeds = "one seed" if len(tree["seeds"]) == 1 else f"{len(tree['seeds'])} seeds"
-    section.lead = f"The same pretraining under {len(tree['masks'])} mask settings, {seeds} each."
-    result = _result(section)
-    if result is None:
-        section.notes.append(f"{NOT_YET} the sweep has no result; the command that began it runs the missing trials.")
-        return
-    metric, ranking, rows, controls = result["probe"]["metric"], result["ranking"], result["rows"], result["controls"]
-    best = ranking[0]
-    section.lead += " Ranked by the frozen probe: losses under different masks are not comparable, a harder mask costs more."
-    section.cards += [Card("winner", str(result["winner"])), Card("its score", number(best["mean"]), metric)]
-    section.cards += [Card(name, number(value), "control") for name, value in controls.items()]
-    section.cards.append(Card("trials", str(len(rows)), f"{len(ranking)} mask settings"))
-    if best["mean"] <= max(controls.values(), default=float("-inf")):
-        section.notes.append("No mask setting beats the controls: this sweep does not tell masks apart yet.")
-    lines = {f"{name} {number(value)}": value for name, value in controls.items()}
-    group = Group("Ranking")
-    section.groups.append(group)
-    scores = {entry["name"]: [row["score"] for row in rows if row["name"] == entry["name"]] for entry in ranking}
-    caption = "Each dot is one seed, each bar a mean. Trust an order only where the dots of two settings do not mix, and only "\
-        "right of the dashed controls."  # fmt: skip
-    group.pictures.append(Picture([("", figures.dots(scores, lines, metric, "probe score by mask setting"))], caption))
-    drawn = figures.score_against_ratio(rows, list(scores), metric, "probe score against target ratio")
-    caption = "Whether the score follows the share that is hidden, or the shape of the mask. Ratios are as trained, averaged "\
-        "over the masks of a trial."  # fmt: skip
-    group.pictures.append(Picture([("", drawn)], caption))
-    group.tables.append(_ranking_table(ranking, rows))
-
-
-def _ranking_table(ranking: list[Row], rows: list[Row]) -> Table:
-    cells = []
-    for place, entry in enumerate(ranking, 1):
-        of_name = [row for row in rows if row["name"] == entry["name"]]
-        means = [statistics.fmean(row[key] for row in of_name) for key in ("target_ratio", "context_ratio", "loss", "trivial")]
-        score = [number(entry["mean"]), number(entry["sd"]), str(entry["n"])]
-        cells.append([str(place), entry["name"], *score, percent(means[0]), percent(means[1]), *map(number, means[2:])])
-    columns = ("", "masks", "score", "sd", "seeds", "target", "context", "loss", "mean predictor")
-    return Table(columns, cells, "Loss and mean predictor are the last of each trial: for reading, not for ranking.")
 
 
 def _post_train(section: Section) -> None:

@@ -49,6 +49,7 @@ FREE_TO_CHANGE = (
         "ray",
         "data",
         "train.steps",
+        "train.stop_at",
         "train.num_workers",
         "train.cpus_per_worker",
         "train.use_gpu",
@@ -58,7 +59,7 @@ FREE_TO_CHANGE = (
     ),
     *("train.min_workers", "train.mttf_hours", "train.keep_checkpoints", "train.log_every", "train.max_failures"),
     *("train.peak_tflops", "train.trackers", "train.guard"),
-    *("seeds", "concurrency", "cpus_per_trial", "gpus_per_trial", "require"),
+    *("seeds", "concurrency", "cpus_per_trial", "gpus_per_trial", "require", "num_workers", "max_failures"),
     *("gpus", "max_gb", "max_failed"),
 )
 """Options that a resumed run may change without becoming another run."""

@@ -19,6 +19,8 @@ class TrainConfig:
     """Steps, batch and workers of a training run."""
 
     steps: int = MISSING
+    stop_at: int = 0
+    """End after so many steps, with a checkpoint, to go on some other time: schedules are those of `steps`. 0 is their end."""
     batch_size: int = 8
     """Samples of a step, over all workers."""
     microbatches: int = 0
@@ -53,9 +55,14 @@ class TrainConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     """What is done when the features collapse. Only pretraining moves its targets: in other stages it has nothing to watch."""
 
+    @property
+    def end(self) -> int:
+        """The step after which this start of the run ends."""
+        return min(self.stop_at or self.steps, self.steps)
+
     def logs(self, step: int) -> bool:
         """Whether a line of metrics follows after so many finished steps."""
-        return step % self.log_every == 0 or step == self.steps
+        return step % self.log_every == 0 or step in (self.steps, self.end)
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,16 @@ def check_train(train: TrainConfig) -> None:
         raise UsageError(f"train.min_workers={train.min_workers} is above train.num_workers={train.num_workers}")
     if train.deterministic == "canonical" and train.parallel == "fsdp":
         raise UsageError("train.deterministic=canonical adds whole gradients: use train.parallel=ddp")
-    if train.checkpoint_every < 0 or train.log_every < 1 or train.keep_checkpoints < 1 or train.mttf_hours <= 0:
-        raise UsageError("train.checkpoint_every must not be negative, log_every, keep_checkpoints and mttf_hours be positive")
+    if (
+        train.stop_at < 0
+        or train.checkpoint_every < 0
+        or train.log_every < 1
+        or train.keep_checkpoints < 1
+        or train.mttf_hours <= 0
+    ):
+        raise UsageError(
+            "train.stop_at and checkpoint_every must not be negative, log_every, keep_checkpoints and mttf_hours be positive"
+        )
     if unknown := set(train.trackers) - set(TRACKERS):
         raise UsageError(f"train.trackers names {min(unknown)!r}: choose from {', '.join(TRACKERS)}")
     guard = train.guard

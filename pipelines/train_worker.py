@@ -160,12 +160,12 @@ class _Worker:
         else:
             self.task.begin(self.state.optimizer)
         first_step = self.state.progress.step
-        self.span = Span(first_step, self.loop.train.steps, self.parts)
+        self.span = Span(first_step, self.loop.train.end, self.parts)
         if self.rank == 0:
             run_folder.delete_parts_after(self.loop.run_dir, first_step)
 
     def run(self) -> dict[str, Any]:
-        progress, steps = self.state.progress, self.loop.train.steps
+        progress, steps = self.state.progress, self.loop.train.end
         units = _units()
         decision = Decision()
         while progress.step < steps and not decision.stop:

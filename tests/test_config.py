@@ -17,6 +17,7 @@ REQUIRED = {
     "ingest": ["source=a", "catalog=b"],
     "pretrain": ["catalog=a", "run.dir=b", "train.steps=1"],
     "sweep": ["catalog=a", "run.dir=b", "probe.trajectories=c"],
+    "sweep report": ["run=a"],
     "record": ["out=a"],
     "post-train": ["trajectories=a", "encoder=b", "run.dir=c", "train.steps=1"],
     "plan": ["model=a", "run.dir=b"],

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from jepa_core.positions import Grid
-from pipelines import catalog, report, report_figures, run_folder, storage
+from pipelines import catalog, report, report_figures, run_folder, storage, sweep_table
 from pipelines.catalog_schema import CURRENT, QUARANTINE, QUARANTINE_SCHEMA, VIDEO_SCHEMA, VIDEOS, item_id
 from pipelines.config import ReportConfig
 from pipelines.errors import InputRefused
@@ -95,14 +95,16 @@ def pretrain_run(folder: Path, catalog_ref: str, steps: int = 20) -> Path:
 def sweep_run(folder: Path, names: dict[str, tuple[float, ...]] = SCORES) -> Path:
     rows = [
         {"name": name, "seed": seed, "score": score, "loss": 0.5, "trivial": 0.7, "context_ratio": 0.4,
-         "target_ratio": 0.6, "run": "r"}
+         "target_ratio": 0.6, "run": "r", "stopped": None,
+         "points": [{"step": 1, "samples": 8, "flops": 2e9, "tokens": 64, "score": score}]}
         for name, scores in names.items()
         for seed, score in enumerate(scores)
     ]  # fmt: skip
-    ranking = [{"name": name, "mean": sum(s) / len(s), "sd": 0.028, "n": len(s)} for name, s in names.items()]
+    settings = [{"name": name, "values": {}, "expected": [[0.4, 0.6]]} for name in names]
+    controls = {"random init": {0: 0.313, 1: 0.313}, "pixels": 0.352}
     result = {
-        "probe": {"kind": "robot_state", "metric": "R2 held out"}, "controls": {"random init": 0.313, "pixels": 0.352},
-        "rows": rows, "ranking": ranking, "winner": next(iter(names)),
+        "probe": {"kind": "robot_state", "metric": "R2 held out"}, "failures": [], "missing": [],
+        **sweep_table.summary(rows, settings, list(names)[-1], [0, 1], controls),
     }  # fmt: skip
     config = {"base": "demo", "catalog": "/c@1", "masks": {name: [{}] for name in names}, "seeds": [0, 1]}
     return write_run(folder, config, result=result)
