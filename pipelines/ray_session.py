@@ -3,15 +3,20 @@
 import contextlib
 import os
 import secrets
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from pipelines.config import RayConfig
 from pipelines.errors import Retryable, UsageError
 
 MIN_LOGICAL_CPUS = 4
 """A laptop with two cores still needs slots for a train worker, a decode task and a sweep trial at once."""
+GRACE_S = 2.0
+"""For the processes of an embedded session to end with it."""
 
 
 @contextlib.contextmanager
@@ -43,10 +48,36 @@ def session(config: RayConfig) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0]
         raise Retryable(f"Ray did not start {where} ({reason}): check the address and RAY_AUTH_TOKEN, then try again") from error
     _quiet(config.verbose)
+    raylets = [] if config.address else ray._private.worker.global_worker.node.all_processes["raylet"]
+    pids = [raylet.process.pid for raylet in raylets]
     try:
         yield
     finally:
         ray.shutdown()
+        for pid in pids:
+            _end_orphans(pid)
+
+
+def _end_orphans(raylet: int) -> None:
+    """Kill what an ended session has left: an actor of Ray Train that is stopped at a bad moment hangs for good, with all its
+    memory, and what a task has started knows of no end.
+    """
+    deadline = time.monotonic() + GRACE_S
+    while (left := _processes_of(raylet)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _processes_of(raylet: int) -> list[int]:
+    """Processes whose environment says that this raylet started them, or one of those that started them."""
+    mark, found = f"RAY_RAYLET_PID={raylet}".encode(), []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
+            if mark in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
 
 
 def _set_environment(*, embedded: bool) -> None:

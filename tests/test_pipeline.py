@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -193,10 +195,24 @@ def test_rays_manners_token_auth_and_a_clean_home(corpus, tmp_path):
         "    import ray\n"
         "    print(json.dumps([os.environ['RAY_AUTH_MODE'], len(os.environ['RAY_AUTH_TOKEN'])]))\n"
     )
-    import subprocess
-    import sys
-
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(home)}
     answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert json.loads(answer.stdout.splitlines()[-1]) == ["token", 64], answer.stderr
     assert list(home.iterdir()) == []
+
+
+def test_nothing_outlives_an_embedded_session():
+    code = (
+        "from pipelines import ray_session; from pipelines.config import RayConfig\n"
+        "def start():\n"
+        "    import subprocess\n"
+        "    return subprocess.Popen(['sleep', '1000'], start_new_session=True).pid\n"
+        "with ray_session.session(RayConfig()):\n"
+        "    import ray\n"
+        "    print(ray.get(ray.remote(start).remote()))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    state = Path(f"/proc/{int(answer.stdout.splitlines()[-1])}/status")
+    assert not state.exists() or "zombie" in state.read_text()
