@@ -38,7 +38,7 @@ PICTURE = "features.png"
 HEADER, GAP, COLUMNS = 24, 4, 8
 HEAD = (
     "The three main directions of each encoder's features, over all clips below, as red, green and blue: equal colours are "
-    "similar features, in every clip of a row of the same name. "
+    "similar features, in all clips of one encoder. "
 )
 
 
@@ -122,7 +122,7 @@ def _draw(
         blocks.append(Block(film.footage.name, [Row(labels[name], frames[columns]) for name, frames in parts.items()]))
     share = {arm: [float(part) for part in basis.share] for arm, basis in bases.items()}
     variance = "; ".join(f"{arm}: {100 * sum(parts):.0f} % of the variance" for arm, parts in share.items())
-    storage.write_bytes(storage.join(run_dir, PICTURE), frame_sheet.draw(blocks, HEAD + f"They hold {variance}."))
+    storage.write_bytes(storage.join(run_dir, PICTURE), frame_sheet.draw(blocks, HEAD + f"They hold, {variance}."))
     return {
         "task": "features",
         "lead": "The main directions of features as colours, over real clips.",
