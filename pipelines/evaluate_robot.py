@@ -81,8 +81,6 @@ def run(config: RobotEvaluationConfig, reporter: Reporter) -> dict[str, Any]:
 
     Raises UsageError and InputRefused as the modules that it calls do.
     """
-    from pipelines import probe, trajectories
-
     config = evaluate_arms.pinned(replace(config, trajectories=storage.normalize(config.trajectories)))
     run_dir = config.run.dir
     todo = units(config)
@@ -94,6 +92,8 @@ def run(config: RobotEvaluationConfig, reporter: Reporter) -> dict[str, Any]:
         compared = compared._replace(clip=replace(compared.clip, num_frames=1))
         run_folder.begin(config.run, config)
         with ray_session.session(config.ray):
+            from pipelines import probe, trajectories
+
             evaluate_arms.check_gpus(config.gpus)
             episodes = trajectories.load_index(run_dir)
             if episodes is None:
