@@ -70,7 +70,8 @@ def draw(
 
 def overlay(frames: np.ndarray, weights: Tensor, grid: Grid) -> np.ndarray:
     """Frames uint8 [T, S, S, 3], grey, under the colours of weights [N]: uint8 [T, S, S, 3]."""
-    heat = upsampled(weights.reshape(1, *grid, 1) * (len(weights) / BRIGHT), frames.shape[:3])[..., 0]
+    told = (weights * (len(weights) / BRIGHT)).clamp_max(1).reshape(1, *grid, 1)
+    heat = upsampled(told, frames.shape[:3])[..., 0]
     points, colours = np.array([point for point, _ in HEAT]), np.array([colour for _, colour in HEAT], np.float64)
     tint = np.stack([np.interp(heat, points, colours[:, channel]) for channel in range(3)], axis=-1)
     grey = frames.mean(axis=-1, keepdims=True)
