@@ -336,6 +336,12 @@ def test_r2_from_sums_of_episodes():
         assert found.r2(drawn) == pytest.approx(r2(*flat))
 
 
+def test_coordinates_that_never_change_are_not_asked_for():
+    labels = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(0))
+    labels[..., 2] = 0.025
+    assert evaluate_robot.varying(labels).shape == (6, 5, 2)
+
+
 def test_few_held_out_episodes_have_no_interval():
     rng = np.random.default_rng(0)
     for count, has in ((4, False), (12, True)):
