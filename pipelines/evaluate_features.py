@@ -10,6 +10,7 @@ trained encoder stands a randomly initialised one: edges and colours of the pict
 Legend: R clips, T frames, N tokens, D width.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -114,7 +115,7 @@ def _draw(
             shape = (clip.num_frames, config.side, config.side)
             large = [upsampled(one[None], shape, smooth=False) for one in maps]
             parts[arm] = (np.concatenate(large) * 255).round().astype(np.uint8)
-        file = f"{len(told):02d}-{film.footage.name.rpartition('.')[0] or film.footage.name}.mp4"
+        file = f"{len(told):02d}-{re.sub(r'[^A-Za-z0-9_-]+', '-', film.footage.name.rpartition('.')[0] or film.footage.name)}.mp4"
         storage.write_bytes(storage.join(run_dir, file), encode_video(side_by_side(parts, config.side), clip.fps))
         told.append({"file": file, "video": film.footage.video, "frames": len(parts["video"])})
         columns = frame_sheet.picked(len(parts["video"]), COLUMNS)

@@ -219,6 +219,13 @@ def test_videos_are_the_groups_where_there_are_enough():
     assert [(row["name"], row["reason"]) for row in found.left_out] == [("v9.mp4", "too_short"), ("copy.mp4", "duplicate")]
 
 
+def test_names_tell_videos_apart():
+    paths = ["/a/x/1.mp4", "/a/y/1.mp4", "/b/y/1.mp4", "/a/2.mp4", "same", "same"]
+    names = clip_groups.short_names(paths)
+    assert names == ["x/1.mp4", "a/y/1.mp4", "b/y/1.mp4", "2.mp4", "same (4)", "same (5)"]
+    assert clip_groups.short_names(["/a/1.mp4"]) == ["1.mp4"]
+
+
 def test_few_videos_are_cut_into_pieces_with_a_gap():
     videos = [footage(0, 20.0), footage(1, 20.0, [[0.0, 3.0], [3.04, 12.0], [12.04, 13.0]]), footage(2, 2.0)]
     found = clip_groups.group_footage(videos, 2.0, 1.0, 4, 8)
