@@ -22,10 +22,12 @@ from pipelines.frame_sheet import Block, Row
 
 COLUMNS = 8
 HEAT = ((0.0, (20, 11, 53)), (0.35, (137, 34, 106)), (0.65, (227, 89, 51)), (0.85, (249, 164, 21)), (1.0, (252, 255, 164)))
-"""Shares of a clip's largest weight and their colours, from dark to bright."""
+"""Parts of BRIGHT and their colours, from dark to bright."""
+BRIGHT = 4.0
+"""Weight that is shown brightest, in even shares of 1 / N: colours compare between clips, and even attention has one colour."""
 HEAD = (
-    "Attention of the probe over the tokens, mean over its heads: dark is little, bright is the most that any token of the clip "
-    "has. Beside it, how many tokens share the attention (exp of its entropy)."
+    f"Attention of the probe over the tokens, mean over its heads: black is none, violet an even share for every token, yellow "
+    f"{BRIGHT:g} times that or more. Beside it, how many tokens share the attention (exp of its entropy)."
 )
 
 
@@ -68,7 +70,8 @@ def draw(
 
 def overlay(frames: np.ndarray, weights: Tensor, grid: Grid) -> np.ndarray:
     """Frames uint8 [T, S, S, 3], grey, under the colours of weights [N]: uint8 [T, S, S, 3]."""
-    heat = upsampled(weights.reshape(1, *grid, 1) / weights.max().clamp_min(1e-12), frames.shape[:3])[..., 0]
+    told = (weights * (len(weights) / BRIGHT)).clamp_max(1).reshape(1, *grid, 1)
+    heat = upsampled(told, frames.shape[:3])[..., 0]
     points, colours = np.array([point for point, _ in HEAT]), np.array([colour for _, colour in HEAT], np.float64)
     tint = np.stack([np.interp(heat, points, colours[:, channel]) for channel in range(3)], axis=-1)
     grey = frames.mean(axis=-1, keepdims=True)

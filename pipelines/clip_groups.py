@@ -7,6 +7,7 @@ Legend: F frames of a video, T frames of a clip, K folds.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ class Footage(NamedTuple):
 
     video: str
     name: str
+    """Of this video alone."""
     source: str
     """Equal for copies."""
     pts: np.ndarray
@@ -73,12 +75,30 @@ def read_footage(ref: CatalogRef, only: str | None, most: int) -> list[Footage]:
     if most and table.num_rows > most:
         table = table.take(np.linspace(0, table.num_rows - 1, most).round().astype(np.int64))
     first: dict[str, str] = {}
-    return [_footage(ref, entry, first.setdefault(entry["digest"], entry["id"])) for entry in table.to_pylist()]
+    entries = table.to_pylist()
+    names = short_names([entry["member"] or entry["uri"] for entry in entries])
+    return [
+        _footage(ref, entry, name, first.setdefault(entry["digest"], entry["id"]))
+        for entry, name in zip(entries, names, strict=True)
+    ]
 
 
-def _footage(ref: CatalogRef, entry: dict[str, Any], same_stream: str) -> Footage:
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path, with as many folders before it as tell it from the others; a number where none do."""
+    found, depth, deepest = [""] * len(paths), 0, max(path.count("/") for path in paths) + 1
+    while (same := _repeated(found)) and depth < deepest:
+        depth += 1
+        found = ["/".join(path.split("/")[-depth:]) if place in same else found[place] for place, path in enumerate(paths)]
+    return [f"{name} ({place})" if place in same else name for place, name in enumerate(found)]
+
+
+def _repeated(names: Sequence[str]) -> set[int]:
+    counts = Counter(names)
+    return {place for place, name in enumerate(names) if counts[name] > 1 or not name}
+
+
+def _footage(ref: CatalogRef, entry: dict[str, Any], name: str, same_stream: str) -> Footage:
     seconds = entry["time_base_num"] / entry["time_base_den"]
-    name = (entry["member"] or entry["uri"]).rpartition("/")[2]
     pts = catalog.frame_times(ref, entry)
     return Footage(entry["id"], name, entry["duplicate_of"] or same_stream, pts, seconds, shots(entry) * seconds)
 

@@ -98,7 +98,7 @@ def run(config: AnticipationConfig, reporter: Reporter) -> dict[str, Any]:
     if missing or result is None or result["seeds"] != config.seeds:
         size = ClipConfig(num_frames=config.num_frames, fps=config.fps, crop_size=config.crop_size)
         compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size)
-        actions, words, notes = _actions(config, ref, run_dir)
+        actions, words, notes = _actions(config, ref, run_dir, fixed=len(missing) < len(todo))
         run_folder.begin(config.run, config)
         with ray_session.session(config.ray):
             evaluate_arms.check_gpus(config.gpus)
@@ -162,9 +162,11 @@ def clip_pts(
     return pts[frames_on_screen(shown, times)]
 
 
-def _actions(config: AnticipationConfig, ref: CatalogRef, run_dir: str) -> tuple[list[Action], Vocabulary, dict[str, Any]]:
-    """Annotated actions with their videos, classes and splits: those of the first start."""
-    tree = run_folder.read_json(run_dir, ROWS)
+def _actions(
+    config: AnticipationConfig, ref: CatalogRef, run_dir: str, *, fixed: bool
+) -> tuple[list[Action], Vocabulary, dict[str, Any]]:
+    """Annotated actions with their videos, classes and splits: those that the first result was made with, once there is one."""
+    tree = run_folder.read_json(run_dir, ROWS) if fixed else None
     if tree is None:
         train = read_annotations(storage.read_bytes(config.train), config.train, TRAIN)
         test = read_annotations(storage.read_bytes(config.validation), config.validation, TEST)

@@ -10,6 +10,7 @@ trained encoder stands a randomly initialised one: edges and colours of the pict
 Legend: R clips, T frames, N tokens, D width.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ PICTURE = "features.png"
 HEADER, GAP, COLUMNS = 24, 4, 8
 HEAD = (
     "The three main directions of each encoder's features, over all clips below, as red, green and blue: equal colours are "
-    "similar features, in every clip of a row of the same name. "
+    "similar features, in all clips of one encoder. "
 )
 
 
@@ -114,7 +115,7 @@ def _draw(
             shape = (clip.num_frames, config.side, config.side)
             large = [upsampled(one[None], shape, smooth=False) for one in maps]
             parts[arm] = (np.concatenate(large) * 255).round().astype(np.uint8)
-        file = f"{len(told):02d}-{film.footage.name.rpartition('.')[0] or film.footage.name}.mp4"
+        file = f"{len(told):02d}-{re.sub(r'[^A-Za-z0-9_-]+', '-', film.footage.name.rpartition('.')[0] or film.footage.name)}.mp4"
         storage.write_bytes(storage.join(run_dir, file), encode_video(side_by_side(parts, config.side), clip.fps))
         told.append({"file": file, "video": film.footage.video, "frames": len(parts["video"])})
         columns = frame_sheet.picked(len(parts["video"]), COLUMNS)
@@ -122,7 +123,7 @@ def _draw(
         blocks.append(Block(film.footage.name, [Row(labels[name], frames[columns]) for name, frames in parts.items()]))
     share = {arm: [float(part) for part in basis.share] for arm, basis in bases.items()}
     variance = "; ".join(f"{arm}: {100 * sum(parts):.0f} % of the variance" for arm, parts in share.items())
-    storage.write_bytes(storage.join(run_dir, PICTURE), frame_sheet.draw(blocks, HEAD + f"They hold {variance}."))
+    storage.write_bytes(storage.join(run_dir, PICTURE), frame_sheet.draw(blocks, HEAD + f"They hold, {variance}."))
     return {
         "task": "features",
         "lead": "The main directions of features as colours, over real clips.",

@@ -106,8 +106,9 @@ def run(config: LabelFreeConfig, reporter: Reporter) -> dict[str, Any]:
 
 
 def part_of(result: dict[str, Any], task: str) -> dict[str, Any]:
-    """A result's arms and differences of one task."""
-    return {key: [line for line in result[key] if line["task"] == task] for key in ("arms", "differences")}
+    """A result's arms and differences of one task, under the names of the probes alone."""
+    parts = {key: [line for line in result[key] if line["task"] == task] for key in ("arms", "differences")}
+    return {key: [line | {"probe": line["probe"].removeprefix(f"{task} ")} for line in lines] for key, lines in parts.items()}
 
 
 def units(config: LabelFreeConfig) -> list[Unit]:

@@ -1,6 +1,6 @@
 """jepa evaluate probe: classes of labelled videos, read out of frozen features by several probes, beside the controls.
 
-    run.dir/rows.json         samples, classes and splits as they were matched first: a continued run asks the lists no more
+    run.dir/rows.json         samples, classes and splits; from the first result on, a continued run asks the lists no more
     run.dir/features/         the cache of features.py
     run.dir/results/          one JSON for each arm, seed and probe
     run.dir/model/            the encoder with its best attentive probe, as a model folder
@@ -91,7 +91,7 @@ def run(config: ProbeEvaluationConfig, reporter: Reporter) -> dict[str, Any]:
         compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size, config.blocks)
         if config.scratch:
             check_small(compared.arms[f"{TRAINED}-0"].encoder, config.from_scratch)
-        found = _labelled(config, ref, run_dir)
+        found = _labelled(config, ref, run_dir, fixed=len(missing) < len(todo))
         run_folder.begin(config.run, config)
         with ray_session.session(config.ray):
             evaluate_arms.check_gpus(config.gpus)
@@ -114,9 +114,9 @@ def units(config: ProbeEvaluationConfig) -> list[Unit]:
     return found + [Unit(SCRATCH, seed, SUPERVISED) for seed in range(config.seeds) if config.scratch]
 
 
-def _labelled(config: ProbeEvaluationConfig, ref: CatalogRef, run_dir: str) -> Labelled:
-    """Samples, classes and splits: those of the first start."""
-    tree = run_folder.read_json(run_dir, ROWS)
+def _labelled(config: ProbeEvaluationConfig, ref: CatalogRef, run_dir: str, *, fixed: bool) -> Labelled:
+    """Samples, classes and splits: those that the first result was made with, once there is one."""
+    tree = run_folder.read_json(run_dir, ROWS) if fixed else None
     if tree is None:
         found = evaluate_rows.labelled(config, ref)
         run_folder.write_json(run_dir, ROWS, {"samples": found.samples, "classes": found.classes, "notes": found.notes})

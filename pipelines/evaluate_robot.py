@@ -36,6 +36,8 @@ BLOCK = 8
 """Episodes of one task."""
 LEAST_UNITS = 8
 """Held-out episodes below which no interval is given: draws of so few hold one of them many times."""
+LEAST_SPREAD = 1e-3
+"""Metres: standard deviation from which on a coordinate is asked for."""
 HAND = "end effector"
 PICTURE = "positions.png"
 
@@ -71,7 +73,7 @@ class Sums(NamedTuple):
     errors: np.ndarray
 
     def r2(self, episodes: np.ndarray) -> float:
-        """R2 over the frames of these episodes int64 [n], repeated as they are, averaged over the coordinates."""
+        """R2 over the frames of these episodes int64 [n], repeated as they are, averaged over the coordinates that vary."""
         count, total, squares, errors = (part[episodes].sum(axis=0) for part in self)
         return float((1 - errors / np.maximum(squares - total**2 / count, 1e-12)).mean())
 
@@ -81,8 +83,6 @@ def run(config: RobotEvaluationConfig, reporter: Reporter) -> dict[str, Any]:
 
     Raises UsageError and InputRefused as the modules that it calls do.
     """
-    from pipelines import probe, trajectories
-
     config = evaluate_arms.pinned(replace(config, trajectories=storage.normalize(config.trajectories)))
     run_dir = config.run.dir
     todo = units(config)
@@ -94,6 +94,8 @@ def run(config: RobotEvaluationConfig, reporter: Reporter) -> dict[str, Any]:
         compared = compared._replace(clip=replace(compared.clip, num_frames=1))
         run_folder.begin(config.run, config)
         with ray_session.session(config.ray):
+            from pipelines import probe, trajectories
+
             evaluate_arms.check_gpus(config.gpus)
             episodes = trajectories.load_index(run_dir)
             if episodes is None:
@@ -194,12 +196,19 @@ def _regress(unit: Unit, shared: Shared) -> list[str]:
     cut = probe.training_episodes(len(x))
     found = {}
     for name in sorted(labels, key=lambda name: (name != f"label {HAND}", name)):
-        y = torch.cat([block[name] for block in blocks]).double()
+        y = varying(torch.cat([block[name] for block in blocks]).double())
+        if not y.shape[-1]:
+            continue
         predicted = ridge_predictions(x[:cut].flatten(0, 1), y[:cut].flatten(0, 1), x[cut:].flatten(0, 1)).view_as(y[cut:])
         found[name.removeprefix("label ")] = sums(predicted.numpy(), y[cut:].numpy())._asdict()
     told = {name: {key: part.tolist() for key, part in one.items()} for name, one in found.items()}
     evaluate_arms.write_unit(shared.run_dir, unit.name, unit._asdict() | {"positions": told})
     return [unit.name]
+
+
+def varying(labels: Tensor) -> Tensor:
+    """Coordinates [E, frames, Y] that are not the same everywhere: the height of what lies on a table has no R2."""
+    return labels[..., labels.flatten(0, 1).std(0) > LEAST_SPREAD]
 
 
 def sums(predicted: np.ndarray, labels: np.ndarray) -> Sums:
