@@ -159,6 +159,26 @@ def test_compute_counts_what_was_logged():
     assert larger["flops"] > cost["flops"]
 
 
+def test_the_digits_probe_reads_directions_where_they_are():
+    """One channel of a clip's patches tells its direction; then labels are shuffled, and nothing does."""
+    from jepa_core.positions import Grid
+    from pipelines import bench_probe, probe
+
+    rng = np.random.default_rng(0)
+
+    def clips(count: int, known: bool) -> tuple[np.ndarray, np.ndarray]:
+        direction = np.arange(count) % 8
+        rows = rng.integers(0, 50, (count, 4, 12))
+        rows[np.arange(count), :, direction if known else rng.integers(0, 8, count)] += 150
+        return rows.astype(np.uint8), np.stack([direction, direction], axis=1)
+
+    for known in (True, False):
+        parts = {split: clips(count, known) for split, count in (("train", 160), ("validation", 80), ("test", 160))}
+        tubelets, labels = ({split: part[i] for split, part in parts.items()} for i in (0, 1))
+        score = probe.pixel_score(bench_probe.ProbeClips(tubelets, labels, Grid(1, 2, 2)))
+        assert (score > 99) if known else (score < 30)
+
+
 # The table.
 
 
