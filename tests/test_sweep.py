@@ -403,3 +403,26 @@ def test_trials_can_be_ray_train_runs_and_leave_no_placement_group(catalog_uri, 
     trained = yaml.safe_load((tmp_path / "sweep" / "trials" / "long-s0" / "config.yaml").read_text())
     assert trained["train"]["num_workers"] == 1
     assert created() == before
+
+
+@pytest.mark.ray
+def test_a_run_in_pieces_is_the_run_in_one(catalog_uri, ray_session, reporter, tmp_path):
+    """`train.stop_at` ends a start early; schedules, samples and weights are those of the whole run."""
+    from pipelines import pretrain
+
+    def trained(name: str, *stops: int) -> dict[str, str]:
+        for stop in stops:
+            given = ["preset=demo", "smoke=true", "train.precision=fp32", f"train.stop_at={stop}", f"catalog={catalog_uri}"]
+            pretrain.run(
+                load(PretrainConfig, "pretrain", [*given, "train.num_workers=0", f"run.dir={tmp_path}/{name}"]), reporter
+            )
+        found = run_folder.require_checkpoint(f"{tmp_path}/{name}")
+        assert found.step == (stops[-1] or 4)
+        files = run_folder.read_commit(found)["files"]
+        return {file: told["sha256"] for file, told in files.items() if file.endswith(".safetensors")}
+
+    assert trained("whole", 0) == trained("pieces", 2, 3, 0)
+    losses = [
+        [line["loss"] for line in run_folder.read_parts(f"{tmp_path}/{name}", run_folder.METRICS)] for name in ("whole", "pieces")
+    ]
+    assert losses[0] == losses[1]
