@@ -3,6 +3,7 @@
 Legend: R rows (frames or videos), P tokens of a frame, D encoder width.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from jepa_core.config import HeadGrid
 from jepa_core.encoder import VisionTransformer, clip_grid
 from jepa_core.positions import Grid
 from jepa_core.probe import retrieval_accuracy, ridge_r2
+from jepa_core.readout import Rows, Splits, linear_probe
 from jepa_core.sampling import centre_crop, clip_frames
-from pipelines import bench_probe, catalog, storage, trajectories
+from pipelines import bench_probe, catalog, moving_digits, storage, trajectories
 from pipelines.bench_config import BenchConfig
 from pipelines.config import PretrainConfig
 from pipelines.errors import InputRefused
@@ -28,6 +31,8 @@ POOLED_SIDE = 3
 """Tokens of a frame are averaged to at most 3x3 before the ridge: where things are must stay readable."""
 PIXEL_SIDE = 24
 BATCH = 64
+LINEAR = HeadGrid((0.1, 0.03, 0.01), (0.0, 0.1, 1.0), epochs=300, batch_size=0)
+"""Linear probe of the digits: learning rates and weight decays, of which the validation part chooses; all rows in each step."""
 
 
 class Digits(NamedTuple):
@@ -63,13 +68,25 @@ def digits(probe: ProbeConfig, config: PretrainConfig, run_dir: str, reporter: R
 def score(encoder: VisionTransformer, data: ProbeData | bench_probe.ProbeClips) -> float:
     """The probe's number for an encoder: higher is better."""
     if isinstance(data, bench_probe.ProbeClips):
-        return bench_probe.probe(bench_probe.features(encoder, data), data)["direction"]
+        return _direction(data, lambda tubelets: encoder(tubelets, data.grid).float())
     features = []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for start in range(0, len(data.tokens), BATCH):
             tokens = encoder(torch.tensor(data.tokens[start : start + BATCH]), data.grid).float()
             features.append(pooled(tokens, data.grid) if data.labels is not None else tokens.mean(1))
     return _measure(torch.cat(features), data)
+
+
+def _direction(clips: bench_probe.ProbeClips, read: Callable[[Tensor], Tensor]) -> float:
+    """Accuracy in % of a linear probe for the direction, from the mean over tokens of `read`: uint8 [B, N, V] -> [B, N, D]."""
+    parts = []
+    for split, rows in clips.tubelets.items():
+        with torch.no_grad():
+            batches = (read(torch.tensor(rows[start : start + BATCH])) for start in range(0, len(rows), BATCH))
+            x = torch.cat([tokens.mean(dim=1) for tokens in batches])
+        parts.append(Rows(x, torch.from_numpy(clips.labels[split][:, 0])))  # the first label of bench_probe.LABELS
+    names = [f"direction {number}" for number in range(moving_digits.DIRECTIONS)]
+    return 100 * linear_probe(Splits(*parts, names), LINEAR).test
 
 
 def random_score(config: PretrainConfig, seed: int, data: ProbeData | bench_probe.ProbeClips) -> float:
@@ -81,7 +98,7 @@ def random_score(config: PretrainConfig, seed: int, data: ProbeData | bench_prob
 def pixel_score(data: ProbeData | bench_probe.ProbeClips) -> float:
     """The same probe on raw pixels, brought to about the size of the features."""
     if isinstance(data, bench_probe.ProbeClips):
-        return bench_probe.probe(bench_probe.pixels(data), data)["direction"]
+        return _direction(data, Tensor.float)
     patch = data.patch_size
     side = data.grid.h * patch
     depth = data.tokens.shape[-1] // (patch * patch * 3)

@@ -59,7 +59,7 @@ FREE_TO_CHANGE = (
     ),
     *("train.min_workers", "train.mttf_hours", "train.keep_checkpoints", "train.log_every", "train.max_failures"),
     *("train.peak_tflops", "train.trackers", "train.guard"),
-    *("seeds", "concurrency", "cpus_per_trial", "gpus_per_trial", "require", "num_workers", "max_failures"),
+    *("seeds", "concurrency", "cpus_per_trial", "gpus_per_trial", "require", "num_workers", "max_failures", "num_settings"),
     *("gpus", "max_gb", "max_failed"),
 )
 """Options that a resumed run may change without becoming another run."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines import catalog, pretrain, ray_session, run_folder, storage, sweep_report, sweep_space, sweep_table, sweep_trial
 from pipelines.config import PretrainConfig, RunConfig
-from pipelines.errors import InputRefused, Retryable
+from pipelines.errors import InputRefused, JepaError, Retryable
 from pipelines.presets import load
 from pipelines.progress import Reporter
 from pipelines.sweep_config import SweepConfig
@@ -206,6 +206,14 @@ class _Sweep:
         setting = next(setting for setting in self.settings if setting.name == key[0])
         return trial_config(self.base, self.run_dir, setting, key[1])
 
+    def checked_trial(self, key: Key) -> PretrainConfig | None:
+        """The same; a trial that cannot be configured is a failure, and None."""
+        try:
+            return self.trial(key)
+        except JepaError as error:
+            sweep_trial.failed(trial_dir(self.run_dir, *key), *key, str(error), retry=isinstance(error, Retryable))
+            return None
+
     def halted(self, name: str, seed: int, step: int) -> None:
         """Successive halving has ended a trial: its row says where."""
         sweep_trial.finish(name, seed, self.trial((name, seed)), stopped=step)
@@ -242,7 +250,7 @@ def _run_trials(sweep: _Sweep, waiting: list[Key], data: Any) -> None:
             metric="score",
             mode="max",
             num_samples=-1,  # until the queue is empty
-            search_alg=Queue(waiting, sweep.ask, sweep.trial),
+            search_alg=Queue(waiting, sweep.ask, sweep.checked_trial),
             scheduler=scheduler,
             max_concurrent_trials=config.concurrency,
             reuse_actors=True,

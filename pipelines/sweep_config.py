@@ -147,6 +147,9 @@ class SweepConfig:
             raise UsageError(f"asha.reduction={self.asha.reduction} must be above 1")
         if self.probe.kind == "robot_state" and not self.probe.trajectories:
             raise UsageError("probe.kind=robot_state needs probe.trajectories=URI; without robot data use probe.kind=retrieval")
+        digits = self.probe.digits
+        if self.probe.kind == "digits" and min(digits.train, digits.validation, digits.test) < 8:
+            raise UsageError("probe.digits.train, validation and test must be at least 8 clips, one of each direction")
         if not self.catalog and self.probe.kind != "digits":
             raise UsageError("catalog is missing: give catalog=VALUE; only probe.kind=digits generates its own")
 

@@ -128,13 +128,13 @@ def _labels(ax: Axes, pair: tuple[str, str]) -> None:
 
 
 def curves(result: Row, metric: str) -> bytes:
-    """Mean score of every setting against samples and against compute, with its interval over seeds; controls dashed."""
+    """Mean score of the best settings against samples and against compute, with intervals over seeds; controls dashed."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 4.6), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         axis = result["equal_compute"]["axis"]
         for ax, key in zip(axes, ("samples", axis), strict=True):
-            for number, entry in enumerate(result["ranking"]):
+            for number, entry in enumerate(_drawn(result)):
                 _curve(ax, _lines(result, entry["name"], key), COLOURS[number % len(COLOURS)], entry["name"], number)
             for place, (name, value) in enumerate(result["controls"].items()):
                 ax.axhline(value, ls=(0, (4, 3)), lw=1.1, color=MUTED)
@@ -145,8 +145,8 @@ def curves(result: Row, metric: str) -> bytes:
         budget = result["equal_compute"]["budget"]
         if budget:
             axes[1].axvline(budget, color=MUTED, lw=0.9, ls=":")
-            axes[1].annotate("equal compute", (budget, 0), xycoords=("data", "axes fraction"), xytext=(-3, 4), rotation=90,
-                             ha="right", textcoords="offset points", color=MUTED)  # fmt: skip
+            axes[1].annotate("equal compute", (budget, 1), xycoords=("data", "axes fraction"), xytext=(-3, -4), rotation=90,
+                             ha="right", va="top", textcoords="offset points", color=MUTED)  # fmt: skip
         axes[0].set_xlabel("samples")
         axes[1].set_xlabel("floating-point operations" if axis == "flops" else "tokens read by encoder and predictor")
         axes[0].set_ylabel(metric)
@@ -156,6 +156,13 @@ def curves(result: Row, metric: str) -> bytes:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=min(4, max(1, len(labels))))
         return _png(figure)
+
+
+def _drawn(result: Row) -> list[Row]:
+    """As many settings as there are colours: the best ones, and the default."""
+    ranking = result["ranking"]
+    others = [entry for entry in ranking if entry["name"] != result["default"]][: len(COLOURS) - 1]
+    return [entry for entry in ranking if entry in others or entry["name"] == result["default"]]
 
 
 def _lines(result: Row, name: str, key: str) -> list[tuple[float, Row]]:

@@ -19,7 +19,7 @@ class Queue(Searcher):
     """Hands out trials in order; asks for those of a further setting when there are no more."""
 
     def __init__(self, waiting: Sequence[Key], ask: Callable[[], list[Key]], make: Callable[[Key], Any]) -> None:
-        """`ask` gives [] when there is nothing left; `make` gives the configuration of a trial."""
+        """`ask` gives [] when there is nothing left; `make` gives the configuration of a trial, or None to leave it out."""
         super().__init__(metric="score", mode="max")
         self.waiting, self.ask, self.make = list(waiting), ask, make
 
@@ -29,12 +29,14 @@ class Queue(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial, or the word that there is none."""
-        if not self.waiting:
-            self.waiting = self.ask()
-        if not self.waiting:
-            return Searcher.FINISHED
-        key = self.waiting.pop(0)
-        return {"trial": (*key, self.make(key))}
+        while True:
+            if not self.waiting:
+                self.waiting = self.ask()
+            if not self.waiting:
+                return Searcher.FINISHED
+            key = self.waiting.pop(0)
+            if (config := self.make(key)) is not None:
+                return {"trial": (*key, config)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Results are read from the trials' folders."""

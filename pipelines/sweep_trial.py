@@ -31,7 +31,7 @@ def trainable(space: Row, data: Any, sink: Any, slot: dict[str, float], stops: S
     """What Tune runs: one task for each of `stops`, and a report of the score after it, by which Tune may end the trial.
 
     A task that fails is started again, where trying again can help, and continues from its checkpoint. A trial that fails for
-    good reports no score, and leaves its reason.
+    good leaves its reason.
     """
     import ray
     from ray import tune
@@ -52,7 +52,7 @@ def trainable(space: Row, data: Any, sink: Any, slot: dict[str, float], stops: S
                 if not again or failures > max_failures:
                     failed(config.run.dir, name, seed, reason, retry=again)
                     sink.push.remote({"trial": f"{name}-s{seed}", "failed": reason})
-                    tune.report({"trial_name": name, "failed": reason})
+                    tune.report({"trial_name": name, "score": float("nan")})  # Tune wants a number of every trial
                     return
         last = points[-1]
         if stop == stops[-1]:

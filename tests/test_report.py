@@ -202,7 +202,8 @@ def test_sections_hold_their_numbers(demo: tuple[Path, dict, str]) -> None:
     for expected in (
         "steps 20 of 20, last checkpoint at 20", "loss 0.500 mean predictor 0.777", "RankMe 32.0 of 48 dimensions",
         "data wait 5%", "videos 1 1 refused at ingest", "replaced clips 1", "not_a_video", "frames_missing", "/raw/other.mp4",
-        "winner tubes its score 0.590 R2 held out", "random init 0.313", "losses under different masks are not comparable",
+        "winner tubes its score 0.59 ± 0.25 R2 held out", "tubes is NOT separable from the default, large: +0.145",
+        "random init 0.313", "losses under different masks are not comparable",
         "teacher forcing 0.234 copying costs 0.345", "error at 2 steps 0.219 copied frame 0.400",
         "planner 3.1 cm median distance left, 100% of the goals reached", "no-op 20.4 cm", "success: 5 cm",
         "Episode 000, from 20.0 cm to 3.1 cm", "git abc1234", "ray 2.60.0", "num_blocks: 2",

@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import encode, make_frames
 
 from jepa_core.config import ClipConfig, EncoderConfig, MaskConfig, PretrainModelConfig
 from pipelines import run_folder, sweep_figures, sweep_report, sweep_space, sweep_table, sweep_trial
 from pipelines.cli import VERBS
 from pipelines.config import PretrainConfig, TrainConfig
-from pipelines.errors import InputRefused, UsageError
-from pipelines.presets import load
+from pipelines.errors import InputRefused, Retryable, UsageError
+from pipelines.presets import load, to_yaml
 from pipelines.sweep_config import BlocksSpace, SpaceConfig, SweepConfig
 from pipelines.sweep_space import Setting
 
@@ -160,6 +159,26 @@ def test_compute_counts_what_was_logged():
     assert larger["flops"] > cost["flops"]
 
 
+def test_the_digits_probe_reads_directions_where_they_are():
+    """One channel of a clip's patches tells its direction; then labels are shuffled, and nothing does."""
+    from jepa_core.positions import Grid
+    from pipelines import bench_probe, probe
+
+    rng = np.random.default_rng(0)
+
+    def clips(count: int, known: bool) -> tuple[np.ndarray, np.ndarray]:
+        direction = np.arange(count) % 8
+        rows = rng.integers(0, 50, (count, 4, 12))
+        rows[np.arange(count), :, direction if known else rng.integers(0, 8, count)] += 150
+        return rows.astype(np.uint8), np.stack([direction, direction], axis=1)
+
+    for known in (True, False):
+        parts = {split: clips(count, known) for split, count in (("train", 160), ("validation", 80), ("test", 160))}
+        tubelets, labels = ({split: part[i] for split, part in parts.items()} for i in (0, 1))
+        score = probe.pixel_score(bench_probe.ProbeClips(tubelets, labels, Grid(1, 2, 2)))
+        assert (score > 99) if known else (score < 30)
+
+
 # The table.
 
 
@@ -268,6 +287,27 @@ def test_halving_knows_what_was_before_a_restart():
 # Pictures.
 
 
+def test_a_sweep_in_which_nothing_finished_says_whether_to_try_again():
+    from pipelines import sweep
+
+    refused = {"name": "a", "seed": 0, "reason": "no such catalog", "retry": False}
+    lost = {"name": "a", "seed": 1, "reason": "a worker died", "retry": True}
+    assert type(sweep._nothing_finished([refused])) is InputRefused
+    assert type(sweep._nothing_finished([refused, lost])) is Retryable
+    assert type(sweep._nothing_finished([])) is Retryable
+
+
+def test_trials_that_cannot_be_configured_are_left_out_and_more_are_asked_for():
+    pytest.importorskip("ray.tune")
+    from pipelines.sweep_search import Queue
+
+    further = [[("c", 0)], []]
+    queue = Queue([("a", 0), ("b", 0)], lambda: further.pop(0), lambda key: None if key[0] == "a" else f"config of {key[0]}")
+    assert queue.suggest("1") == {"trial": ("b", 0, "config of b")}
+    assert queue.suggest("2") == {"trial": ("c", 0, "config of c")}
+    assert queue.suggest("3") == Queue.FINISHED
+
+
 @pytest.mark.parametrize("swept", [0, 1, 2, 3])
 def test_pictures_come_out_of_any_number_of_axes(swept):
     from PIL import Image
@@ -306,17 +346,22 @@ def run(reporter, *arguments: str) -> dict:
 
 @pytest.mark.ray
 def test_failures_are_rows_halving_stops_and_the_winner_is_a_preset(catalog_uri, ray_session, reporter, tmp_path):
-    """Four settings: one cannot be drawn, one stops at a rung, and what trained to the end is ranked."""
+    """Of five settings one cannot be drawn and one finds another run in its folder; the others are ranked."""
     folder = tmp_path / "sweep"
+    stranger = load(PretrainConfig, "pretrain", ["preset=demo", f"catalog={catalog_uri}", "run.dir=r", "seed=5"])
+    (folder / "trials" / "odd-s0" / "checkpoints" / "step_00000002-abcdef").mkdir(parents=True)
+    (folder / "trials" / "odd-s0" / "config.yaml").write_text(to_yaml(stranger))
+    (folder / "trials" / "odd-s0" / "checkpoints" / "step_00000002-abcdef" / "COMMIT").write_text("{}")
     given = ["base=demo", "overrides=[smoke=true]", f"catalog={catalog_uri}", f"run.dir={folder}", "probe.kind=retrieval",
              "points=2", "asha.enabled=true", "masks.all=[{num_blocks: 1, spatial_scale: [1.0, 1.0]}]",
              "masks.short=[{num_blocks: 3, spatial_scale: [0.2, 0.2]}]",
-             "masks.long=[{num_blocks: 1, spatial_scale: [0.6, 0.6]}]"]  # fmt: skip
+             "masks.odd=[{num_blocks: 2}]", "masks.long=[{num_blocks: 1, spatial_scale: [0.6, 0.6]}]"]  # fmt: skip
     answer = run(reporter, *given)
     result = run_folder.read_json(str(folder), run_folder.RESULT)
-    assert answer["failed"] == 1
-    assert result["failures"][0]["name"] == "all"
-    assert "leave no context" in result["failures"][0]["reason"]
+    assert answer["failed"] == 2
+    reasons = {failure["name"]: failure["reason"] for failure in result["failures"]}
+    assert "leave no context" in reasons["all"]
+    assert "was started with" in reasons["odd"]
     assert {line["name"] for line in result["rows"]} == {"default", "short", "long"}
     assert all([point["step"] for point in line["points"]] == ([2, 4] if not line["stopped"] else [2]) for line in result["rows"])
     assert result["default"] == "default"
@@ -361,17 +406,23 @@ def test_trials_can_be_ray_train_runs_and_leave_no_placement_group(catalog_uri, 
 
 
 @pytest.mark.ray
-def test_a_sweep_without_readable_input_says_why(ray_session, reporter, tmp_path):
-    """The videos have gone since they were ingested."""
-    from pipelines import ingest
-    from pipelines.ingest_config import IngestConfig
+def test_a_run_in_pieces_is_the_run_in_one(catalog_uri, ray_session, reporter, tmp_path):
+    """`train.stop_at` ends a start early; schedules, samples and weights are those of the whole run."""
+    from pipelines import pretrain
 
-    (tmp_path / "in").mkdir()
-    for index in range(2):
-        (tmp_path / "in" / f"{index}.mp4").write_bytes(encode(make_frames(6, seed=index)))
-    ingest.run(IngestConfig(source=f"{tmp_path}/in", catalog=f"{tmp_path}/catalog"), reporter)
-    for index in range(2):
-        (tmp_path / "in" / f"{index}.mp4").unlink()
-    with pytest.raises(InputRefused):
-        run(reporter, "preset=mask_ratio_demo", "smoke=true", f"catalog={tmp_path}/catalog", "probe.kind=retrieval",
-            f"run.dir={tmp_path}/sweep")  # fmt: skip
+    def trained(name: str, *stops: int) -> dict[str, str]:
+        for stop in stops:
+            given = ["preset=demo", "smoke=true", "train.precision=fp32", f"train.stop_at={stop}", f"catalog={catalog_uri}"]
+            pretrain.run(
+                load(PretrainConfig, "pretrain", [*given, "train.num_workers=0", f"run.dir={tmp_path}/{name}"]), reporter
+            )
+        found = run_folder.require_checkpoint(f"{tmp_path}/{name}")
+        assert found.step == (stops[-1] or 4)
+        files = run_folder.read_commit(found)["files"]
+        return {file: told["sha256"] for file, told in files.items() if file.endswith(".safetensors")}
+
+    assert trained("whole", 0) == trained("pieces", 2, 3, 0)
+    losses = [
+        [line["loss"] for line in run_folder.read_parts(f"{tmp_path}/{name}", run_folder.METRICS)] for name in ("whole", "pieces")
+    ]
+    assert losses[0] == losses[1]
