@@ -66,14 +66,16 @@ def frame_difference(clips: ProbeClips) -> dict[str, Tensor]:
 def probe(tokens: dict[str, Tensor], clips: ProbeClips, seed: int) -> dict[str, float]:
     """Test accuracy in % of every probe, and the RankMe of the test clips. `tokens` float32 [R, N, D] by part.
 
-    `direction` and `digit` are linear, from the whitened mean token of a clip; `direction_few` is that with FEW labels,
-    `direction_knn` by neighbours, `direction_attentive` from all tokens. The validation part chooses each probe's settings.
+    `direction` and `digit` are linear, from the whitened mean token of a clip; `direction_raw` is that without whitening,
+    `direction_few` with FEW labels, `direction_knn` by neighbours, `direction_attentive` from all tokens. The validation part
+    chooses each probe's settings.
     """
     mean = {split: x.mean(dim=1) for split, x in tokens.items()}
     white = whitened(mean)
     readouts = {name: linear_probe(_splits(white, clips, name), seed=seed) for name in LABELS}
     direction = _splits(white, clips, "direction")
     few = few_labels(direction, min(FEW, len(direction.train.labels)), seed)
+    readouts["direction_raw"] = linear_probe(_splits(mean, clips, "direction"), seed=seed)
     readouts["direction_few"] = linear_probe(few, seed=seed)
     scaled = _standardised(mean)
     readouts["direction_knn"] = knn_probe(_splits(scaled, clips, "direction"))

@@ -12,7 +12,7 @@ from jepa_core.statistics import mean_interval, paired_difference, wilson_interv
 
 PREDICTION, CONTROL, RANDOM, SUPERVISED = "prediction", "control", "random", "supervised"
 PIXELS, FRAME_DIFFERENCE = "pixels", "frame difference"
-ACCURACIES = ("direction", "digit", "direction_few", "direction_knn", "direction_attentive")
+ACCURACIES = ("direction", "digit", "direction_raw", "direction_few", "direction_knn", "direction_attentive")
 SCORES = (*ACCURACIES, "rank_me")
 CONDITIONS = (
     ("direction over random", "direction", RANDOM, 10.0),
@@ -52,7 +52,7 @@ def summary(
 def accuracies(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
     """Columns and rows for the reporter's table."""
     rows = [(arm["arm"], arm["seeds"] or "-", *(_shown(arm[name]) for name in SCORES)) for arm in result["arms"]]
-    return ("encoder", "seeds", "direction", "digit", "256 labels", "k-NN", "attentive", "RankMe"), rows
+    return ("encoder", "seeds", "direction", "digit", "not whitened", "256 labels", "k-NN", "attentive", "RankMe"), rows
 
 
 def margins(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
