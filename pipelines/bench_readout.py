@@ -93,7 +93,7 @@ def whitened(x: dict[str, Tensor]) -> dict[str, Tensor]:
     train = x["train"].double()
     mean = train.mean(dim=0)
     variances, axes = torch.linalg.eigh(torch.cov((train - mean).T))
-    scale = axes * variances.clamp_min(WEAKEST * variances[-1]).rsqrt()
+    scale = axes * variances.clamp_min(max(WEAKEST * variances[-1].item(), 1e-12)).rsqrt()  # a collapsed encoder has none
     return {split: ((rows.double() - mean) @ scale).float() for split, rows in x.items()}
 
 
