@@ -49,6 +49,8 @@ class BenchConfig:
     """Further key=value settings of pretraining."""
     steps: int = 0
     """Training steps of each run; 0 keeps the preset's."""
+    supervised: bool = False
+    """Also an encoder trained from scratch on the labels, as a bound."""
     digits: DigitsConfig = field(default_factory=DigitsConfig)
     concurrency: int = 2
     """Runs at a time."""

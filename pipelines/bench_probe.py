@@ -1,31 +1,27 @@
 """jepa bench probe: generated video through ingest, pretraining and a frozen linear probe, with the controls that make it count.
 
-Compared are encoders trained with prediction, trained by the regulariser alone (the control), and not trained at all, by the same
-probe under the same seeds, beside raw pixels and frame differences. Each run is a run folder of its own below `run.dir`; what has
-its result is not run again, so the same command continues a killed benchmark.
-
-Legend: R clips, N tokens, D width.
+Compared are encoders trained with prediction, trained by the regulariser alone (the control), not trained at all and, where asked
+for, trained from scratch on the labels, by the same probes under the same seeds, beside raw pixels and frame differences. A run
+is a run folder of its own below `run.dir`; what has its result is not run again: the same command continues a killed benchmark.
 """
 
 import csv
 import io
 import itertools
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from jepa_core.encoder import VisionTransformer, clip_grid
-from jepa_core.health import rank_me
-from jepa_core.positions import Grid
-from pipelines import bench_table, catalog, ingest, moving_digits, pretrain, ray_session, run_folder, storage
+from pipelines import bench_readout, bench_table, catalog, ingest, moving_digits, pretrain, ray_session, run_folder, storage
 from pipelines.bench_config import BenchConfig
-from pipelines.bench_table import CONTROL, FRAME_DIFFERENCE, PIXELS, PREDICTION, RANDOM
+from pipelines.bench_readout import LABELS, SPLITS, ProbeClips
+from pipelines.bench_table import CONTROL, FRAME_DIFFERENCE, PIXELS, PREDICTION, RANDOM, SUPERVISED
 from pipelines.clip_reader import COLUMNS, read_clip
 from pipelines.config import PretrainConfig
-from pipelines.errors import ConditionMissed, InputRefused, JepaError, Retryable, unwrapped
+from pipelines.errors import ConditionMissed, InputRefused, JepaError, Retryable, UsageError, unwrapped
 from pipelines.ingest_config import IngestConfig
 from pipelines.presets import load
 from pipelines.progress import Reporter
@@ -35,25 +31,8 @@ VIDEOS, CATALOGS, TRIALS = "videos", "catalogs", "trials"
 INPUTS = "inputs.json"
 """Scores of pixels and frame differences."""
 TRAINED = (PREDICTION, CONTROL)
-LABELS = {"direction": moving_digits.DIRECTIONS, "digit": 10}
-"""What is probed, and its number of classes."""
-SPLITS = ("train", "validation", "test")
-DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
-"""Weight decays of the linear probe, of which the validation part chooses."""
-ITERATIONS = 100
-BATCH = 250
 PATCHES = 4
 """Tokens along the side of a clip, at every level."""
-
-
-class ProbeClips(NamedTuple):
-    """The labelled clips as tubelets, and their labels."""
-
-    tubelets: dict[str, np.ndarray]
-    """By part: uint8 [R, N, P]."""
-    labels: dict[str, np.ndarray]
-    """By part: int64 [R, labels], in the order of LABELS."""
-    grid: Grid
 
 
 def run(config: BenchConfig, reporter: Reporter) -> dict[str, Any]:
@@ -73,7 +52,7 @@ def run(config: BenchConfig, reporter: Reporter) -> dict[str, Any]:
         if missing or inputs is None:
             clips = read_probe_clips(catalogs["probe"], storage.join(run_dir, VIDEOS), trials[PREDICTION, 0])
             _run_trials(config, {key: trials[key] for key in missing}, clips, reporter)
-            inputs = {PIXELS: probe(pixels(clips), clips), FRAME_DIFFERENCE: probe(frame_difference(clips), clips)}
+            inputs = _probed_inputs(clips)
             run_folder.write_json(run_dir, INPUTS, inputs)
     results = {key: run_folder.read_json(_trial_dir(run_dir, *key), run_folder.RESULT) for key in trials}
     result = bench_table.summary(results, inputs, config.digits.test)
@@ -83,12 +62,13 @@ def run(config: BenchConfig, reporter: Reporter) -> dict[str, Any]:
     missed = [line["what"] for line in result["conditions"] if not line["holds"]]
     if missed and config.require:
         raise ConditionMissed(f"{run_dir}: too small {', '.join(missed)}: see {run_folder.RESULT}, or set require=false")
-    return {"run": run_dir, "passed": not missed, **{line["what"]: line["value"] for line in result["conditions"]}}
+    return {"run": run_dir, "passed": not missed, **{line["what"]: line["mean"] for line in result["conditions"]}}
 
 
 def keys(config: BenchConfig) -> list[tuple[str, int]]:
     """(arm, seed) of every trial; arms of one seed beside each other, so that an interrupted benchmark has pairs."""
-    return [(arm, seed) for seed in range(config.seeds) for arm in (*TRAINED, RANDOM)]
+    arms = (*TRAINED, RANDOM, *((SUPERVISED,) if config.supervised else ()))
+    return [(arm, seed) for seed in range(config.seeds) for arm in arms]
 
 
 def trial_config(config: BenchConfig, catalogs: dict[str, str], run_dir: str, arm: str, seed: int) -> PretrainConfig:
@@ -102,7 +82,10 @@ def trial_config(config: BenchConfig, catalogs: dict[str, str], run_dir: str, ar
 
 
 def read_probe_clips(uri: str, videos: str, config: PretrainConfig) -> ProbeClips:
-    """Every labelled clip of the catalog, whole. Raises InputRefused for one that is not there or does not decode."""
+    """Every labelled clip of the catalog, whole.
+
+    Raises InputRefused for one that is not there or does not decode, and UsageError for a part that lacks a class.
+    """
     ref = catalog.parse_ref(uri)
     rows = {row["member"]: row for row in catalog.read_videos(ref, ("member", *COLUMNS)).to_pylist()}
     table = list(csv.DictReader(io.StringIO(storage.read_bytes(storage.join(videos, moving_digits.LABELS)).decode())))
@@ -120,71 +103,22 @@ def read_probe_clips(uri: str, videos: str, config: PretrainConfig) -> ProbeClip
             ) from error
         tubelets[line["split"]].append(out.reshape(grid.num_tokens, -1))
         labels[line["split"]].append([int(line[name]) for name in LABELS])
+    _refuse_missing_classes(labels)
     return ProbeClips({s: np.stack(tubelets[s]) for s in SPLITS}, {s: np.array(labels[s]) for s in SPLITS}, grid)
 
 
-def features(encoder: VisionTransformer, clips: ProbeClips) -> dict[str, Tensor]:
-    """Mean token of every clip by part: float32 [R, D]."""
-    found = {}
-    with torch.inference_mode():
-        for split, tubelets in clips.tubelets.items():
-            parts = (torch.tensor(tubelets[start : start + BATCH]) for start in range(0, len(tubelets), BATCH))
-            found[split] = torch.cat([encoder(part, clips.grid).float().mean(dim=1) for part in parts])
-    return found
+def _refuse_missing_classes(labels: dict[str, list[list[int]]]) -> None:
+    for split, rows in labels.items():
+        for number, (name, classes) in enumerate(LABELS.items()):
+            missing = sorted(set(range(classes)) - {row[number] for row in rows})
+            if missing:
+                raise UsageError(f"digits.{split}={len(rows)} clips have no {name} {missing}: ask for more, in a new run.dir")
 
 
-def pixels(clips: ProbeClips) -> dict[str, Tensor]:
-    """The same probe's input without an encoder: the mean tubelet, float32 [R, P]."""
-    return {split: torch.tensor(tubelets).float().mean(dim=1) for split, tubelets in clips.tubelets.items()}
-
-
-def frame_difference(clips: ProbeClips) -> dict[str, Tensor]:
-    """Mean over tubelets of their last frame less their first, float32 [R, P / 2]."""
-    cut = {split: torch.tensor(tubelets).float().unflatten(-1, (2, -1)) for split, tubelets in clips.tubelets.items()}
-    return {split: (frames[:, :, 1] - frames[:, :, 0]).mean(dim=1) for split, frames in cut.items()}
-
-
-def probe(found: dict[str, Tensor], clips: ProbeClips) -> dict[str, float]:
-    """Test accuracy in % by label, and the clips' RankMe. `found` float32 [R, D] by part."""
-    mean, deviation = found["train"].mean(dim=0), found["train"].std(dim=0) + 1e-6
-    scaled = {split: (x - mean) / deviation for split, x in found.items()}
-    scores = {}
-    for number, (name, classes) in enumerate(LABELS.items()):
-        y = {split: torch.from_numpy(labels[:, number]) for split, labels in clips.labels.items()}
-        scores[name] = 100 * linear_accuracy(scaled, y, classes)
-    return {**scores, "rank_me": rank_me(found["test"])}
-
-
-def linear_accuracy(x: dict[str, Tensor], y: dict[str, Tensor], classes: int) -> float:
-    """Logistic regression on x [R, D] by part, y int64 [R]: the share of the test part that it gets right.
-
-    Fitted on `train` once for every decay; `validation` chooses one, `test` is looked at once.
-    """
-    best, chosen = -1.0, None
-    for decay in DECAYS:
-        weight = torch.zeros(x["train"].shape[1] + 1, classes, requires_grad=True)
-        optimizer = torch.optim.LBFGS([weight], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
-
-        def loss(weight: Tensor = weight, optimizer: torch.optim.LBFGS = optimizer, decay: float = decay) -> Tensor:
-            optimizer.zero_grad()
-            value = torch.nn.functional.cross_entropy(_logits(x["train"], weight), y["train"])
-            value = value + decay * weight[:-1].square().sum()
-            value.backward()
-            return value
-
-        optimizer.step(loss)
-        right = _right(x["validation"], y["validation"], weight)
-        if right > best:
-            best, chosen = right, weight.detach()
-    return _right(x["test"], y["test"], chosen)
-
-
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    return x @ weight[:-1] + weight[-1]
-
-
-def _right(x: Tensor, y: Tensor, weight: Tensor) -> float:
-    return (_logits(x, weight).argmax(dim=1) == y).float().mean().item()
+def _probed_inputs(clips: ProbeClips) -> dict[str, dict[str, float]]:
+    """Scores of what needs no encoder; has no seeds but the probe's."""
+    inputs = {PIXELS: bench_readout.pixels, FRAME_DIFFERENCE: bench_readout.frame_difference}
+    return {name: bench_readout.probe(tokens(clips), clips, seed=0) for name, tokens in inputs.items()}
 
 
 def generated(config: BenchConfig, run_dir: str, reporter: Reporter) -> dict[str, str]:
@@ -238,17 +172,20 @@ def _run_trials(
 
 
 def _train_and_probe(arm: str, seed: int, config: PretrainConfig, clips: ProbeClips) -> tuple[str, dict[str, float]]:
-    """One trial: pretrain in this process, probe the target encoder, leave the result in the trial's folder."""
+    """One trial: train in this process, probe the target encoder, leave the result in the trial's folder."""
     torch.set_num_threads(1)
-    if arm == RANDOM:
+    line: dict[str, Any] = {}
+    if arm == SUPERVISED:
+        encoder = bench_readout.supervised(config.model.encoder, clips, seed)
+    elif arm == RANDOM:
         torch.manual_seed(seed)
-        encoder, line = VisionTransformer(config.model.encoder).eval(), {}
+        encoder = VisionTransformer(config.model.encoder).eval()
     else:
         with open(os.devnull, "w") as silence:
             pretrain.run(config, Reporter(silence))
         encoder, _ = pretrain.load_encoder(config.run.dir)
         line = run_folder.read_parts(config.run.dir, run_folder.METRICS)[-1]
-    scores = probe(features(encoder, clips), clips)
+    scores = bench_readout.probe(bench_readout.encoded(encoder, clips), clips, seed)
     told = {key: line[key] for key in ("loss", "trivial", "feature_std", "clips_per_s", "data_wait") if key in line}
     result = {"arm": arm, "seed": seed, "steps": line.get("step", 0), **scores, **told}
     run_folder.write_json(config.run.dir, run_folder.RESULT, result)
