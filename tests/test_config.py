@@ -26,6 +26,11 @@ REQUIRED = {
     "bench": ["what=probe", "run.dir=a"],
     "evaluate probe": ["model=a", "catalog=b", "labels=c", "run.dir=d"],
     "evaluate anticipation": ["model=a", "catalog=b", "train=c", "validation=d", "run.dir=e"],
+    "evaluate label-free": ["model=a", "catalog=b", "run.dir=c"],
+    "evaluate robot": ["model=a", "trajectories=b", "run.dir=c"],
+    "evaluate decode": ["model=a", "catalog=b", "run.dir=c"],
+    "evaluate features": ["model=a", "catalog=b", "run.dir=c"],
+    "evaluate masks": ["catalog=a", "run.dir=b", "train.steps=1"],
 }
 
 
@@ -157,7 +162,7 @@ def test_verbs_of_two_words(capsys):
     assert main(["evaluate", "--help"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("evaluate probe") == shown.count("evaluate anticipation") == 2
-    assert "pretrain" not in shown
+    assert "post-train" not in shown
     assert main(["evaluate", "prob"]) == 2
     assert "probe, anticipation" in capsys.readouterr().err
     assert main(["evaluate", "probe", "--help"]) == 0
