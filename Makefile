@@ -12,7 +12,7 @@ demo: $(INSTALLED) system
 # Three random kills of ingestion (`pytest -m ingest` alone makes fifty), and a sample of what `make chaos` does. Two files at a time:
 # most tests wait for clusters to start.
 test: $(INSTALLED) system
-	JEPA_TEST_KILLS=$${JEPA_TEST_KILLS:-3} $(BIN)/python -m pytest --ignore tests/test_bench_data.py -n 2 --dist loadfile
+	JEPA_TEST_KILLS=$${JEPA_TEST_KILLS:-3} $(BIN)/python -m pytest --ignore tests/test_bench_data.py -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -40,7 +40,7 @@ soak: $(INSTALLED)
 
 # All faults that training must survive; `make test` has a sample.
 chaos: $(INSTALLED)
-	JEPA_CHAOS=all $(BIN)/python -m pytest -m chaos tests
+	JEPA_CHAOS=all $(BIN)/python -m pytest -m "chaos or guard" tests
 
 # Requests, bytes and files per second of ingestion by container, and how it scales: make bench-ingest ARGS="--endpoint URL"
 bench-ingest: $(INSTALLED)

@@ -16,12 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ray import cloudpickle
 
 from pipelines import pretrain, run_folder
 from pipelines.config import PretrainConfig
 from pipelines.presets import load
 
+ALL = os.environ.get("JEPA_CHAOS") == "all"
+slow = pytest.mark.skipif(not ALL, reason="make chaos runs it")
 SMOKE = ("preset=demo", "smoke=true", "train.precision=fp32", "train.batch_size=4", "train.microbatches=2")
 COMPARED = ("step", "loss", "trivial", "grad_norm", "lr", "feature_std", "context_ratio_0", "target_ratio_1")
 

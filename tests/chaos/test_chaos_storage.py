@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import encode, jepa, make_frames
-from harness import assert_same, faulty, ledger, once, settings, trace, weights
+from harness import assert_same, faulty, ledger, once, settings, slow, trace, weights
 from s3_faults import SeparateS3
 
 from pipelines import ingest, pretrain, run_folder
@@ -16,8 +16,6 @@ from pipelines.config import DatasetConfig
 from pipelines.ingest_config import IngestConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
-ALL = os.environ.get("JEPA_CHAOS") == "all"
-slow = pytest.mark.skipif(not ALL, reason="make chaos runs it")
 FOUR = ("train.steps=8", "train.num_workers=1", "train.checkpoint_every=2")
 
 

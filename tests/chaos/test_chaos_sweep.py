@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from harness import slow
 
 from pipelines import run_folder
 from pipelines.cli import VERBS
@@ -21,6 +22,7 @@ FINISHED_BEFORE = 2
 """Trials after which the driver is killed, within the next one."""
 
 
+@slow
 def test_a_killed_sweep_ends_with_the_same_table(catalog_uri, ray_session, reporter, tmp_path):
     from pipelines import sweep
 

@@ -13,15 +13,13 @@ from pathlib import Path
 
 import pytest
 from conftest import jepa
-from harness import Killer, arguments, assert_same, faulty, ledger, processes, replaced, settings, trace, weights
+from harness import ALL, Killer, arguments, assert_same, faulty, ledger, processes, replaced, settings, slow, trace, weights
 
 from pipelines import pretrain, run_folder
 from pipelines.errors import InputRefused, Retryable
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
-ALL = os.environ.get("JEPA_CHAOS") == "all"
 KILLS, STEPS = (20, 200) if ALL else (1, 24)
-slow = pytest.mark.skipif(not ALL, reason="make chaos runs it")
 TWO = ("train.num_workers=2", "train.checkpoint_every=2")
 
 

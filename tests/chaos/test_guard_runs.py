@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import ray.train
-from harness import faulty, ledger, once, settings, trace
+from harness import faulty, ledger, once, settings, slow, trace
 
 from pipelines import pretrain, run_folder
 from pipelines.errors import InputRefused
@@ -52,7 +52,7 @@ def test_a_run_that_collapses_stops_and_says_where_it_was_sound(catalog_uri, rep
     assert {"rank_me_clip", "target_std", "grad_norm_encoder", "grad_norm_predictor", "loss_over_position"} <= lines[-1].keys()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=slow)])
 def test_a_run_that_collapses_goes_back_and_on(catalog_uri, reporter, tmp_path, monkeypatch, workers):
     run_dir = tmp_path / "run"
     with faulty(monkeypatch, fading(tmp_path / "harmed")):
