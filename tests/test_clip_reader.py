@@ -300,7 +300,7 @@ def test_a_flipped_byte_of_the_index_is_noticed_and_read_again(s3):
 def test_clips_are_right_under_faults(s3):
     data = encoded(120, **PYRAMID)
     ref, row = catalogued("s3://bucket/x", data)
-    s3.rate, s3.kinds = 0.2, tuple(kind for kind in KINDS if kind != "flip")
+    s3.rate, s3.kinds = 0.4, tuple(kind for kind in KINDS if kind != "flip")
     for direct in (True, False):
         assert_exact(ref, row | {"direct": direct}, data, SOME)
     assert s3.faults.total() > 5
