@@ -120,8 +120,7 @@ class ProbeEvaluationConfig:
                 raise UsageError(f"{name}={getattr(self, name):g} must be a share between 0 and 1")
         if any(not 0 < share < 1 for share in self.few_labels):
             raise UsageError(f"few_labels={list(self.few_labels)}: shares of the training rows lie between 0 and 1")
-        if self.seeds < 1 or self.concurrency < 1 or self.gpus < 0 or self.max_gb <= 0:
-            raise UsageError("seeds and concurrency must be at least 1, max_gb above 0 and gpus not negative")
+        check_shared(self)
         if self.attentive.num_queries != 1:
             raise UsageError(f"attentive.num_queries={self.attentive.num_queries}: a probe of one label has one query")
         self.clips.check()
@@ -179,10 +178,19 @@ class AnticipationConfig:
             )
         if self.attentive.num_queries != 3:
             raise UsageError(f"attentive.num_queries={self.attentive.num_queries}: one query each for verb, noun and action")
-        if self.seeds < 1 or self.concurrency < 1 or self.gpus < 0 or min(self.num_frames, self.crop_size, self.fps) < 0:
-            raise UsageError("seeds and concurrency must be at least 1; num_frames, crop_size, fps and gpus not negative")
-        if not 0 < self.validation_share < 1 or not 0 <= self.max_missing < 1 or not 0 <= self.max_failed < 1:
-            raise UsageError("validation_share, max_missing and max_failed are shares")
+        check_shared(self)
+        if min(self.num_frames, self.crop_size, self.fps) < 0:
+            raise UsageError("num_frames, crop_size and fps must not be negative")
+        if not 0 < self.validation_share < 1 or not 0 <= self.max_missing < 1:
+            raise UsageError("validation_share and max_missing are shares")
+
+
+def check_shared(config: Any) -> None:
+    """What all evaluations with arms have. Raises UsageError."""
+    if config.seeds < 1 or config.concurrency < 1 or config.gpus < 0:
+        raise UsageError("seeds and concurrency must be at least 1, gpus not negative")
+    if not 0 <= getattr(config, "max_failed", 0.0) < 1 or getattr(config, "max_gb", 1.0) <= 0:
+        raise UsageError("max_failed is a share from 0 to below 1, max_gb is above 0")
 
 
 def models(given: Any) -> list[str]:

@@ -8,7 +8,7 @@ from omegaconf import MISSING
 from jepa_core.config import LINEAR_GRID, AttentiveConfig, DecoderConfig, HeadGrid
 from pipelines.config import PretrainConfig, RayConfig, RunConfig
 from pipelines.errors import UsageError
-from pipelines.evaluate_config import CONTROLS, check_names, models
+from pipelines.evaluate_config import CONTROLS, check_names, check_shared, models
 
 ARROW, SPEED, RETRIEVAL = "arrow", "speed", "retrieval"
 TASKS = (ARROW, SPEED, RETRIEVAL)
@@ -190,11 +190,3 @@ class MaskPicturesConfig(PretrainConfig):
         super().check()
         if min(self.clips, self.measured_steps) < 1:
             raise UsageError("clips and measured_steps must be at least 1")
-
-
-def check_shared(config: Any) -> None:
-    """What all evaluations with arms have. Raises UsageError."""
-    if config.seeds < 1 or config.concurrency < 1 or config.gpus < 0:
-        raise UsageError("seeds and concurrency must be at least 1, gpus not negative")
-    if not 0 <= getattr(config, "max_failed", 0.0) < 1 or getattr(config, "max_gb", 1.0) <= 0:
-        raise UsageError("max_failed is a share from 0 to below 1, max_gb is above 0")
