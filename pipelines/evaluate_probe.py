@@ -26,7 +26,6 @@ from pipelines import (
     evaluate_table,
     features,
     model_folder,
-    ray_session,
     run_folder,
     storage,
 )
@@ -81,26 +80,20 @@ def run(config: ProbeEvaluationConfig, reporter: Reporter) -> dict[str, Any]:
 
     Raises UsageError and InputRefused as the modules that it calls do.
     """
-    config = evaluate_arms.pinned(config)
-    run_dir, ref = config.run.dir, catalog.parse_ref(config.catalog)
-    todo = units(config)
-    missing = [unit for unit in todo if evaluate_arms.read_unit(run_dir, unit.name) is None]
-    result = run_folder.read_json(run_dir, run_folder.RESULT)
-    if missing or result is None or result["seeds"] != config.seeds:
+    config, work = evaluate_arms.opened(config, units)
+    run_dir, ref, result = work.run_dir, catalog.parse_ref(config.catalog), work.result
+    if result is None:
         size = ClipConfig(num_frames=config.clips.num_frames, fps=config.clips.fps, crop_size=config.clips.crop_size)
         compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size, config.blocks)
         if config.scratch:
             check_small(compared.arms[f"{TRAINED}-0"].encoder, config.from_scratch)
-        found = _labelled(config, ref, run_dir, fixed=len(missing) < len(todo))
-        run_folder.begin(config.run, config)
-        with ray_session.session(config.ray):
-            evaluate_arms.check_gpus(config.gpus)
+        found = _labelled(config, ref, run_dir, fixed=len(work.missing) < len(work.units))
+        with evaluate_arms.session(config):
             shared = _prepare(config, run_dir, ref, found, compared, reporter)
-            calls = list(evaluate_arms.grouped(missing, lambda unit: (unit.arm, unit.seed)))
-            evaluate_arms.run_tasks(_probe, [(group,) for _, group in calls], shared, config, reporter, len(missing))
-        result = _finish(shared, found, {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo})
-    reporter.table("jepa evaluate probe: test accuracy, %", *evaluate_table.accuracy_table(result))
-    reporter.table("differences, points", *evaluate_table.difference_table(result))
+            calls = list(evaluate_arms.grouped(work.missing, lambda unit: (unit.arm, unit.seed)))
+            evaluate_arms.run_tasks(_probe, [(group,) for _, group in calls], shared, config, reporter, len(work.missing))
+        result = _finish(shared, found, work.results())
+    evaluate_table.show(reporter, "jepa evaluate probe: test accuracy, %", result)
     first = {line["arm"]: line["mean"] for line in result["arms"] if line["probe"] == config.probes[0]}
     return {"run": run_dir, "probe": config.probes[0], **first}
 
