@@ -71,7 +71,7 @@ def base_config(config: SweepConfig, uri: str) -> PretrainConfig:
     """The pretraining configuration that all trials share, checked; `uri` is the catalog."""
     steps = [f"train.steps={config.steps}"] if config.steps else []
     given = [*config.overrides, *steps, f"catalog={uri}", f"train.num_workers={config.num_workers}"]
-    base = load(PretrainConfig, "pretrain", [f"preset={config.base}", *given, f"run.dir={config.run.dir}"])
+    base = load(PretrainConfig, "pretrain", [f"preset={config.base}", "probe.every=0", *given, f"run.dir={config.run.dir}"])
     every = -(-base.train.steps // config.points)
     train = replace(base.train, checkpoint_every=every, keep_checkpoints=config.points + 1)
     return replace(base, train=train, ray=config.ray)
