@@ -9,7 +9,7 @@ Legend: R items that came out, T frames, S crop size in pixels, N tokens, P valu
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -148,8 +148,11 @@ def fill(
     return Cache(folders, len(blocks))
 
 
-def read(cache: Cache, names: Sequence[str] | None = None) -> Features:
-    """Features of some arms, or of all, from the cache; of none, what came out. Raises InputRefused where arms do not agree."""
+def read(cache: Cache, names: Sequence[str] | None = None, items: Collection[int] | None = None) -> Features:
+    """Features of some arms, or of all, from the cache; of none, what came out. Raises InputRefused where arms do not agree.
+
+    With `items`, of these alone: only the blocks that hold them are read.
+    """
     from safetensors.torch import load
 
     chosen = list(cache.folders) if names is None else list(names)
@@ -161,10 +164,18 @@ def read(cache: Cache, names: Sequence[str] | None = None) -> Features:
             raise InputRefused(f"{cache.folders[name]} holds other clips than the cache beside it: remove both, videos changed")
         failures = [failure for block in blocks for failure in block["failures"]]
         if name in chosen:
-            wanted = [n for n, block in enumerate(blocks) if block["kept"]]
-            parts = [load(storage.read_bytes(_file(cache.folders[name], n, DATA)))["x"] for n in wanted]
-            x[name] = torch.cat(parts) if parts else torch.empty(0)
-    return Features(np.array([item for block in told[0] for item in block], np.int64), x, failures)
+            x[name] = torch.empty(0)
+            kept = [[place for place, item in enumerate(block["kept"]) if items is None or item in items] for block in blocks]
+            rows = 0
+            for number, places in enumerate(kept):
+                if places:
+                    part = load(storage.read_bytes(_file(cache.folders[name], number, DATA)))["x"][places]
+                    if not rows:  # filled block by block: a list of them to be joined would take as much again
+                        x[name] = part.new_empty(sum(map(len, kept)), *part.shape[1:])
+                    x[name][rows : rows + len(part)] = part
+                    rows += len(part)
+    came = [item for block in told[0] for item in block if items is None or item in items]
+    return Features(np.array(came, np.int64), x, failures)
 
 
 def encode(arm: Arm, frames: np.ndarray, keep: Keep, device: str = "cpu") -> Tensor:
