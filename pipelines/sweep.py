@@ -161,14 +161,20 @@ class _Sweep:
 
     def _data(self) -> Any:
         """What the probe reads. Generates and ingests the digits where the probe is of them."""
-        from pipelines import probe
+        from pipelines import evaluate_arms, probe
 
         if self.config.probe.kind == "digits":
             found = probe.digits(self.config.probe, self.base, self.run_dir, self.reporter)
             if not self.config.catalog:
                 self.base = self.base.with_catalogs({"catalog": found.catalogs["pretrain"]})
             return found.clips
-        return probe.load_data(self.config.probe, self.base)
+        data = probe.load_data(self.config.probe, self.base)
+        if data.failures:
+            told = evaluate_arms.failures_told(data.failures)
+            run_folder.write_json(self.run_dir, run_folder.PROBE, {"failures": told})
+            reasons = ", ".join(f"{reason} {count}" for reason, count in told["reasons"].items())
+            self.reporter.event("warning", message=f"probe: {told['count']} videos are left out: {reasons}")
+        return data
 
     def _controls(self, data: Any) -> None:
         from pipelines import probe
