@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(600)]
 GIVEN = ("footage.gap=0.1", "footage.pieces=4", "footage.moments=2", "tasks=[arrow,retrieval]", "seeds=4", "attentive.heads=2",
          "grid.lrs=[0.003]", "grid.weight_decays=[0.01]", "grid.epochs=3", "concurrency=1")  # fmt: skip
 FINISHED_BEFORE = 4
-"""Results after which the driver is killed, of 44."""
+"""Results after which the driver is killed."""
 
 
 @slow
@@ -45,7 +45,8 @@ def test_kill_9_in_the_middle_and_the_same_command_gives_the_same_table(catalog_
     os.killpg(driver.pid, signal.SIGKILL)  # its Ray session too
     driver.communicate()
     finished, features = stamps(killed, "results"), stamps(killed, "features")
-    assert FINISHED_BEFORE <= len(finished) < 44, "killed in the middle"
+    todo = evaluate_label_free.units(load(LabelFreeConfig, "evaluate label-free", [*words, f"run.dir={killed}"]))
+    assert len([path for path in finished if path.suffix == ".json"]) < len(todo), "killed in the middle"
     assert features
     assert not (killed / "result.json").exists()
 
