@@ -35,7 +35,7 @@ GAUGES = {
 LABELLED = {
     "loss/": ("dataset_loss", "Loss of the last logged step's samples of a dataset.", "dataset"),
     "probe/": ("probe", "Share of right answers of the probe beside the training, 0 to 1.", "question"),
-    "probe_random/": ("probe_random", "The same of the weights that training began with.", "question"),
+    "probe_random/": ("probe_random", "The same of random weights.", "question"),
 }
 """Beginning of a key -> (name, description, label that takes the rest of the key)."""
 AGE = ("checkpoint_age_s", "Seconds since a checkpoint was last committed, or since the workers started.")

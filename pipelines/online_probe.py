@@ -10,7 +10,6 @@ is in train_probe.py. The linear probe is a ridge regression, so numbers are nea
 Legend: K clips that came out, T frames, S crop size, N tokens, P values of a tubelet, F width of features.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -134,20 +133,18 @@ def prepare(config: PretrainConfig, reporter: Reporter, *, whole: bool = True) -
         )
     ref, clip = catalog.parse_ref(probe.catalog or source.catalog), config.clip_of(source)
     asked = _classes(config, ref, clip) if probe.labelled else _questions(config, ref, clip)
-    made = _decoded(ref, asked, clip, config.model.encoder, probe.labelled, reporter) if asked.items else None
-    if made is None:
-        reporter.event("warning", message=f"probe: {ref} allows no question ({'; '.join(asked.left_out)}): nothing is measured")
-        return None
+    made = _made(asked, _decoded(ref, asked.items, clip, config.model.encoder, reporter), clip, config.model.encoder)
     told = made.told()
-    run_folder.write_json(
-        config.run.dir, run_folder.PROBE, {"catalog": str(ref), "options": asdict(probe), **told, "pixels": made.pixels}
-    )
+    facts = {"catalog": str(ref), "options": asdict(probe), **told, "pixels": made.pixels}
+    run_folder.write_json(config.run.dir, run_folder.PROBE, facts)
     notes = list(made.asked.left_out)
     if count := told["failures"]["count"]:
         notes.append(f"{count} clips do not decode: {', '.join(f'{r} {n}' for r, n in told['failures']['reasons'].items())}")
+    if not (made.asked.tasks or made.asked.plan):
+        notes.append(f"{ref} leaves nothing to ask, nothing is measured")
     for note in notes:
         reporter.event("warning", message=f"probe: {note}")
-    return made
+    return made if made.asked.tasks or made.asked.plan else None
 
 
 def _questions(config: PretrainConfig, ref: CatalogRef, clip: ClipConfig) -> Asked:
@@ -194,93 +191,97 @@ def _classes(config: PretrainConfig, ref: CatalogRef, clip: ClipConfig) -> Asked
     return Asked(plan.items, [], plan, found.classes, left_out)
 
 
-def _decoded(
-    ref: CatalogRef, asked: Asked, clip: ClipConfig, encoder: EncoderConfig, labelled: bool, reporter: Reporter
-) -> ProbeSet | None:
-    """The set; None where too little came out for any question without labels.
+class _Part(NamedTuple):
+    """What came of some items: their numbers, tubelets uint8 [R, N, P], pixels float32 [R, F]; and the failures."""
 
-    Raises InputRefused where a class of a labelled list did not come out, Retryable where the store does not answer.
-    """
+    kept: np.ndarray
+    tubelets: np.ndarray | None
+    pixels: Tensor | None
+    failures: list[dict[str, Any]]
+
+
+def _decoded(ref: CatalogRef, items: list[Item], clip: ClipConfig, encoder: EncoderConfig, reporter: Reporter) -> list[_Part]:
+    """All items in order, read by Ray tasks. Raises Retryable where the store does not answer."""
     import ray
 
-    rows = entries_of(ref, asked.items, clip)
+    if not items:
+        return []
+    rows = entries_of(ref, items, clip)
     places = {video: row for row, video in enumerate(rows["id"].to_pylist())}
-    entries = rows.take([places[item.video] for item in asked.items]).to_pylist()
+    entries = rows.take([places[item.video] for item in items]).to_pylist()
     task = ray.remote(num_cpus=1, max_retries=0)(_read)
-    reporter.start("probe", len(asked.items), "clips")
-    waiting, parts = [range(first, min(first + CHUNK, len(entries))) for first in range(0, len(entries), CHUNK)], []
+    reporter.start("probe", len(items), "clips")
+    waiting, parts, done = [range(first, min(first + CHUNK, len(items))) for first in range(0, len(items), CHUNK)], {}, 0
     while waiting:
-        calls = [(part, task.remote(ref, [asked.items[n] for n in part], [entries[n] for n in part], part.start, clip, encoder))
-                 for part in waiting]  # fmt: skip
-        waiting = []
-        for part, call in calls:
+        calls = [task.remote(ref, items[p.start : p.stop], entries[p.start : p.stop], p.start, clip, encoder) for p in waiting]
+        again = []
+        for part, call in zip(waiting, calls, strict=True):
             try:
-                parts.append(ray.get(call))
+                parts[part.start] = ray.get(call)
             except ray.exceptions.WorkerCrashedError:  # one of them has killed its process: each alone
-                if len(part) == 1:
-                    row = failure(part.start, entries[part.start], "crashed", "the process that read it died")
-                    parts.append((np.empty(0, np.int64), None, None, [row]))
-                waiting += [range(n, n + 1) for n in part if len(part) > 1]
+                if len(part) > 1:
+                    again += [range(n, n + 1) for n in part]
+                    continue
+                row = failure(part.start, entries[part.start], "crashed", "the process that read it died")
+                parts[part.start] = _Part(np.empty(0, np.int64), None, None, [row])
             except Exception as error:  # Ray wraps what a task raises
                 ours = unwrapped(error)
                 if isinstance(ours, JepaError):
                     raise ours from error
                 raise Retryable(f"probe: a task failed ({str(error).strip().splitlines()[-1]}): try again") from error
-            reporter.advance(sum(len(found) + len(failures) for found, _, _, failures in parts))
+            done += len(part)
+            reporter.advance(done)
+        waiting = again
     reporter.stop()
-    parts.sort(key=lambda part: min([*part[0].tolist(), *(row["item"] for row in part[3])]))
-    there = [part for part in parts if len(part[0])]
-    found = Features(np.concatenate([part[0] for part in parts]), {}, [row for part in parts for row in part[3]])
-    asked = _answerable(asked, found, labelled)
-    if not there or not (asked.tasks or asked.plan):
-        return None
-    made = ProbeSet(np.concatenate([part[1] for part in there]), clip_grid(clip, encoder), asked, found, {})
-    pixels = torch.cat([part[2] for part in there])
-    if labelled:
+    return [parts[first] for first in sorted(parts)]
+
+
+def _made(asked: Asked, parts: list[_Part], clip: ClipConfig, encoder: EncoderConfig) -> ProbeSet:
+    """The set, without the questions of which too little came out. Raises InputRefused where a class of a list did not."""
+    there = [part for part in parts if len(part.kept)]
+    kept = np.concatenate([part.kept for part in there]) if there else np.empty(0, np.int64)
+    found = Features(kept, {}, [row for part in parts for row in part.failures])
+    tubelets = np.concatenate([part.tubelets for part in there]) if there else np.empty((0, 1, 1), np.uint8)
+    pixels = torch.cat([part.pixels for part in there]) if there else torch.empty(0, 1)
+    made = ProbeSet(tubelets, clip_grid(clip, encoder), asked, found, {})
+    if asked.plan is not None:
+        made = made._replace(asked=asked._replace(plan=evaluate_rows.without(asked.plan, found, 1.0, "probe.labels")))
         _check_classes(made, pixels)
+    elif asked.tasks:
+        made = made._replace(asked=_answerable(asked, found))
     return made._replace(pixels=made.scores(pixels))
 
 
 def _read(
     ref: CatalogRef, items: list[Item], entries: list[dict[str, Any]], first: int, clip: ClipConfig, encoder: EncoderConfig
-) -> tuple[np.ndarray, np.ndarray | None, Tensor | None, list[dict[str, Any]]]:
-    """One task: numbers of the items that came out, their tubelets, their pixels, and the failures."""
+) -> _Part:
+    """One task."""
     torch.set_num_threads(1)
     kept, frames, failures = read_items(ref, items, entries, clip.crop_size, first)
     if not len(kept):
-        return kept, None, None, failures
+        return _Part(kept, None, None, failures)
     depth = 1 if clip.num_frames == 1 else encoder.tubelet_size
     cut = np.stack([tubelets(one, depth, encoder.patch_size) for one in frames])
-    return kept, cut, features.encode(Arm("pixels", encoder), frames, "mean"), failures
+    return _Part(kept, cut, features.encode(Arm("pixels", encoder), frames, "mean"), failures)
 
 
-def _answerable(asked: Asked, found: Features, labelled: bool) -> Asked:
+def _answerable(asked: Asked, found: Features) -> Asked:
     """The questions of which enough came out."""
-    if labelled:
-        return asked._replace(plan=evaluate_rows.without(asked.plan, found, 1.0, "probe.labels"))
     tasks, left_out = [], list(asked.left_out)
     for task in label_free_rows.without(asked.tasks, len(asked.items), found, LabelFreeConfig(max_failed=1.0)):
-        groups = len(np.unique(task.groups))
-        if groups < 2:
-            left_out.append(f"{label_free_rows.WHAT[task.name]}: clips of {groups} videos or pieces decode, 2 are needed")
+        apart = task.groups if task.name == RETRIEVAL else task.group_folds[0][task.groups]
+        if len(np.unique(apart)) < 2:
+            left_out.append(f"{label_free_rows.WHAT[task.name]}: too few of its clips decode")
         else:
             tasks.append(task)
     return asked._replace(tasks=tasks, left_out=tuple(left_out))
 
 
 def _check_classes(made: ProbeSet, pixels: Tensor) -> None:
+    if not len(pixels):
+        raise InputRefused("probe.labels: none of its clips decodes")
     splits = evaluate_rows.splits_of(made.asked.plan, made.found, pixels, made.asked.classes, "flat")
     try:
         check_splits(splits, row_axes=1)
     except ValueError as error:
         raise InputRefused(f"probe.labels: {error}") from error
-
-
-def features_in_turn(count: int, size: int, rank: int, world: int) -> Sequence[tuple[slice, bool]]:
-    """Batches of `count` clips that one of `world` workers encodes: (rows, whether they are its own).
-
-    All workers get equally many: one without a batch left repeats the last, because sharded encoders are gathered by all.
-    """
-    batches = [slice(start, min(start + size, count)) for start in range(0, count, size)]
-    turns = range(rank, -(-len(batches) // world) * world, world)
-    return [(batches[min(turn, len(batches) - 1)], turn < len(batches)) for turn in turns]

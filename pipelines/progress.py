@@ -107,8 +107,8 @@ class Reporter:
 
 
 def dashboard(line: Mapping[str, Any]) -> str:
-    """A line of metrics in few words: loss, lr, speed, wait for data, MFU, goodput, ETA, the probe's last
-    shares; and which worker holds up the others.
+    """A line of metrics in few words: loss, lr, speed, wait for data, MFU, goodput, ETA, shares of the probe;
+    and which worker holds up the others.
     """
     parts = [text(line[key]) for key, text in PARTS if key in line]
     parts += [f"{key.removeprefix(PROBED)} {value:.0%}" for key, value in line.items() if key.startswith(PROBED)]

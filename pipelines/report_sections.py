@@ -45,8 +45,8 @@ SPEED_CAPTION = "Throughput, and the share of each interval in which the trainin
 SCHEDULE_CAPTION = "Learning rate as scheduled, and the gradient norm. Spikes of the norm announce trouble earlier than the loss."
 
 
-PROBED = "What the target encoder knows of a small fixed set of clips: shares of right answers, beside those of the weights "\
-    "that training began with, and of raw pixels. The set is small: single points move by chance."  # fmt: skip
+PROBED = "What the target encoder knows of a small fixed set of clips: shares of right answers, beside those of random "\
+    "weights and of raw pixels. The set is small: single points move by chance."  # fmt: skip
 
 
 def build_section(run_dir: str, kind: str, config: Row) -> Section:

@@ -7,6 +7,7 @@ Legend: K clips of the set, F feature width.
 """
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 from jepa_core.optimization import PRECISIONS, autocast
 from jepa_core.weights import TARGET_ENCODER
 from pipelines.config import TrainConfig
-from pipelines.online_probe import ProbeSet, features_in_turn
+from pipelines.online_probe import ProbeSet
 from pipelines.train_log import PROBE_SECONDS
 
 if TYPE_CHECKING:
     from pipelines.train_control import Control
 
 NOW, RANDOM, PIXELS = "probe/", "probe_random/", "probe_pixels/"
-"""What keys of metrics begin with: shares of right answers now, of the weights that this seed begins with, and of raw pixels."""
+"""What keys of metrics begin with: shares of right answers now, of the random weights of this seed, and of raw pixels."""
 
 
 class OnlineProbe:
@@ -58,7 +59,7 @@ class OnlineProbe:
     def _features(self, encoder: nn.Module) -> Tensor:
         """Mean tokens float32 [K, F] of all clips, on all workers."""
         clips, found = self.found.tubelets, None
-        for rows, own in features_in_turn(len(clips), self.size, self.control.rank, self.control.world):
+        for rows, own in turns(len(clips), self.size, self.control.rank, self.control.world):
             with autocast(self.device, PRECISIONS[self.train.precision]):
                 mean = encoder(torch.from_numpy(clips[rows]).to(self.device), self.found.grid).float().mean(dim=1).cpu()
             found = mean.new_zeros(len(clips), mean.shape[1]) if found is None else found
@@ -67,3 +68,13 @@ class OnlineProbe:
         if self.control.group is not None:
             dist.all_reduce(found, group=self.control.group)  # each row is one worker's, and zero elsewhere: exact
         return found
+
+
+def turns(count: int, size: int, rank: int, world: int) -> Sequence[tuple[slice, bool]]:
+    """Batches of `count` clips that one of `world` workers encodes: (rows, whether they are its own).
+
+    All workers get equally many: one without a batch left repeats the last, because sharded encoders are gathered by all.
+    """
+    batches = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    mine = range(rank, -(-len(batches) // world) * world, world)
+    return [(batches[min(turn, len(batches) - 1)], turn < len(batches)) for turn in mine]

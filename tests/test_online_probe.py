@@ -9,7 +9,7 @@ import torch
 from conftest import encode, make_frames
 
 from jepa_core.positions import Grid
-from pipelines import gauges, online_probe, pretrain, progress, report, run_folder
+from pipelines import gauges, online_probe, pretrain, progress, report, run_folder, train_probe
 from pipelines.config import PretrainConfig, ReportConfig
 from pipelines.errors import InputRefused, UsageError
 from pipelines.features import Features
@@ -63,9 +63,9 @@ def test_features_that_know_are_told_from_those_that_do_not():
 
 @pytest.mark.parametrize(("count", "size", "world"), [(24, 4, 1), (25, 4, 2), (3, 4, 2), (64, 8, 3), (1, 1, 4)])
 def test_every_clip_is_encoded_once_and_all_workers_pass_equally_often(count, size, world):
-    turns = [online_probe.features_in_turn(count, size, rank, world) for rank in range(world)]
-    assert len({len(mine) for mine in turns}) == 1
-    own = sorted(row for mine in turns for rows, is_own in mine if is_own for row in range(rows.start, rows.stop))
+    mine = [train_probe.turns(count, size, rank, world) for rank in range(world)]
+    assert len({len(turns) for turns in mine}) == 1
+    own = sorted(row for turns in mine for rows, is_own in turns if is_own for row in range(rows.start, rows.stop))
     assert own == list(range(count))
 
 
