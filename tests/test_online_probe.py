@@ -9,7 +9,7 @@ import torch
 from conftest import encode, make_frames
 
 from jepa_core.positions import Grid
-from pipelines import gauges, online_probe, pretrain, progress, report, run_folder, train_probe
+from pipelines import gauges, online_probe, pretrain, probe, progress, report, run_folder, train_probe
 from pipelines.config import PretrainConfig, ReportConfig
 from pipelines.errors import InputRefused, UsageError
 from pipelines.features import Features
@@ -17,6 +17,7 @@ from pipelines.label_free_rows import Task
 from pipelines.presets import load
 from pipelines.progress import Reporter
 from pipelines.seeing_config import ARROW, RETRIEVAL
+from pipelines.sweep_config import ProbeConfig
 from pipelines.train_probe import OnlineProbe
 
 SMOKE = ("preset=demo", "smoke=true", "train.precision=fp32", "train.batch_size=4", "train.microbatches=2", "train.steps=4")
@@ -70,12 +71,12 @@ def test_every_clip_is_encoded_once_and_all_workers_pass_equally_often(count, si
 
 
 def test_measurements_come_with_lines_of_metrics():
-    probe = OnlineProbe.__new__(OnlineProbe)
+    watcher = OnlineProbe.__new__(OnlineProbe)
 
     def due(every: int, log_every: int, steps: int) -> list[int]:
-        probe.every = every
-        probe.train = settings("c", Path("r"), f"train.log_every={log_every}", f"train.steps={steps}").train
-        return [step for step in range(1, steps + 1) if probe.due(step)]
+        watcher.every = every
+        watcher.train = settings("c", Path("r"), f"train.log_every={log_every}", f"train.steps={steps}").train
+        return [step for step in range(1, steps + 1) if watcher.due(step)]
 
     assert due(4, 2, 10) == [4, 8, 10]
     assert due(5, 2, 12) == [6, 10, 12], "the first line from each multiple on"
@@ -181,6 +182,8 @@ def test_what_does_not_decode_is_counted_and_too_short_videos_ask_nothing(catalo
     assert told["failures"]["reasons"] == {"vanished": told["failures"]["count"]}
     assert told["failures"]["count"] + len(found.tubelets) == 24
     assert "24 clips" not in capsys.readouterr().out
+    thirds = probe.load_data(ProbeConfig("retrieval"), config)
+    assert [row["reason"] for row in thirds.failures] == ["vanished"], "the probe of sweeps counts it too"
     long = pretrain.pinned(settings(uri, tmp_path / "long", *PROBE, "clip.num_frames=16"))
     assert online_probe.prepare(long, Reporter()) is None
     assert "nothing is measured" in capsys.readouterr().out
