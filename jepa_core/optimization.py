@@ -9,6 +9,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from jepa_core.config import OptimConfig
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Name in a configuration -> what forward passes compute in."""
 BLOCK_LISTS = ("blocks", "predictor_blocks")
 """Attributes under which encoders and predictors keep their transformer blocks."""
 

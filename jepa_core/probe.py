@@ -5,6 +5,7 @@ Legend: R rows (clips), D feature width, Y label width.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 
 def standardise(train_x: Tensor, *others: Tensor) -> list[Tensor]:
@@ -37,6 +38,15 @@ def ridge_predictions(train_x: Tensor, train_y: Tensor, test_x: Tensor) -> Tenso
     return _ridge(train_x, train_y, test_x, strengths[max(range(len(scores)), key=scores.__getitem__)])
 
 
+def ridge_classes(train_x: Tensor, labels: Tensor, test_x: Tensor, classes: int) -> Tensor:
+    """Classes int64 [R] of held-out rows by a ridge regression from features [R, D] to labels int64 [R], one-hot.
+
+    A linear probe in closed form: milliseconds, no randomness. See ridge_predictions, which wants training rows in no order that
+    knows their labels.
+    """
+    return ridge_predictions(train_x, F.one_hot(labels, classes), test_x).argmax(1)
+
+
 def _ridge(train_x: Tensor, train_y: Tensor, test_x: Tensor, ridge: float) -> Tensor:
     offset = train_y.mean(0)
     rows, width = train_x.shape
@@ -62,6 +72,6 @@ def retrieval_accuracy(queries: Tensor, gallery: Tensor) -> float:
 def retrieval_hits(queries: Tensor, gallery: Tensor) -> Tensor:
     """Bool [R]: whether the row of a gallery [R, D] that is nearest to a query [R, D], by cosine from its mean, is its own."""
     centre = gallery.mean(0)
-    q = torch.nn.functional.normalize(queries - centre, dim=-1)
-    g = torch.nn.functional.normalize(gallery - centre, dim=-1)
+    q = F.normalize(queries - centre, dim=-1)
+    g = F.normalize(gallery - centre, dim=-1)
     return (q @ g.T).argmax(1) == torch.arange(len(q))

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from jepa_core.attentive import AttentiveClassifier
 from jepa_core.config import LINEAR_GRID, AttentiveConfig, HeadGrid
 from jepa_core.heads import AttentiveHeads, Heads, LinearHeads, probabilities, train_heads
 from jepa_core.probe import standardise
@@ -21,6 +22,11 @@ KNN_NEIGHBOURS = (10, 20, 100, 200)
 KNN_TEMPERATURE = 0.07
 """Both from DINO (arXiv 2104.14294, released eval_knn.py)."""
 CHUNK = 1024
+HEADS_BYTES = 1 << 30
+"""What the attentive heads that are trained together may take: a grid of more is trained part by part, which changes no head. A
+head on pixels, 1,536 wide, takes 0.7 GB."""
+STATE_BYTES = 24
+"""Of a parameter in training: itself, its gradient, two moments, and a copy with its gradient where heads are stacked."""
 
 
 class Rows(NamedTuple):
@@ -106,7 +112,9 @@ def linear_probe(splits: Splits, grid: HeadGrid = LINEAR_GRID, seed: int = 0) ->
     splits = Splits(*(rows._replace(x=x.float()) for rows, x in zip(parts, scaled, strict=True)), splits.names)
     heads = LinearHeads(splits.train.x.shape[1], len(splits.names), len(grid.heads))
     train_heads(heads, *splits.train, grid, seed)
-    return _choose(heads, splits, grid)[0]
+    table = _validated(heads, splits.validation, grid)
+    best = best_choice(table)
+    return _readout(_tested(heads, best, splits.test), splits.test.labels, table, best)
 
 
 def attentive_probe(
@@ -118,11 +126,22 @@ def attentive_probe(
     after the other, and held-out rows several views. Raises ValueError as check_splits does.
     """
     check_splits(splits, row_axes=2)
-    grid = grid or HeadGrid()
-    heads = attentive_heads(config, splits.train.x.shape[2], len(splits.names), grid, seed).to(device)
-    train_heads(heads, *splits.train, grid, seed)
-    readout, chosen = _choose(heads, splits, grid)
-    return readout, {name: value.detach().cpu().clone() for name, value in heads.heads[chosen].state_dict().items()}
+    grid, dim = grid or HeadGrid(), splits.train.x.shape[2]
+    table: list[Choice] = []
+    chosen: AttentiveHeads | None = None
+    best = 0
+    for part in _parts(grid, max(1, HEADS_BYTES // _head_bytes(config, dim, len(splits.names)))):
+        heads = attentive_heads(config, dim, len(splits.names), part, seed).to(device)
+        train_heads(heads, *splits.train, part, seed)
+        before = len(table)
+        table += _validated(heads, splits.validation, part)
+        best = best_choice(table)
+        if best >= before:
+            heads.heads = nn.ModuleList([heads.heads[best - before]])
+            chosen = heads
+    assert chosen is not None
+    readout = _readout(_tested(chosen, 0, splits.test), splits.test.labels, table, best)
+    return readout, {name: value.detach().cpu().clone() for name, value in chosen.heads[0].state_dict().items()}
 
 
 def knn_probe(splits: Splits, neighbours: Sequence[int] = KNN_NEIGHBOURS, temperature: float = KNN_TEMPERATURE) -> Readout:
@@ -209,19 +228,37 @@ def attentive_heads(config: AttentiveConfig, dim: int, num_classes: int, grid: H
     return AttentiveHeads(replace(config, num_classes=num_classes), dim, len(grid.heads), seed)
 
 
-def _choose(heads: Heads, splits: Splits, grid: HeadGrid) -> tuple[Readout, int]:
-    labels = splits.validation.labels
+def _head_bytes(config: AttentiveConfig, dim: int, num_classes: int) -> int:
+    """What one attentive head takes while it is trained."""
+    with torch.device("meta"):
+        head = AttentiveClassifier(replace(config, num_classes=num_classes), dim)
+    return STATE_BYTES * sum(parameter.numel() for parameter in head.parameters())
+
+
+def _parts(grid: HeadGrid, size: int) -> list[HeadGrid]:
+    """A grid in parts of at most so many heads, in its order."""
+    lrs, decays = grid.lrs, grid.weight_decays
+    if size < len(decays):
+        return [replace(grid, lrs=(lr,), weight_decays=decays[n : n + size]) for lr in lrs for n in range(0, len(decays), size)]
+    step = size // len(decays)
+    return [replace(grid, lrs=lrs[n : n + step]) for n in range(0, len(lrs), step)]
+
+
+def _validated(heads: Heads, rows: Rows, grid: HeadGrid) -> list[Choice]:
+    """Every head's accuracy on the validation rows."""
     correct = torch.zeros(len(grid.heads), dtype=torch.int64)
     for which in heads.passes():
-        for rows, found in probabilities(heads, splits.validation.x, which):
-            correct[which] += (found.argmax(-1).cpu() == labels[rows]).sum(1)
-    table = [
-        Choice({"lr": lr, "weight_decay": decay}, hits / len(labels))
+        for piece, found in probabilities(heads, rows.x, which):
+            correct[which] += (found.argmax(-1).cpu() == rows.labels[piece]).sum(1)
+    return [
+        Choice({"lr": lr, "weight_decay": decay}, hits / len(rows.labels))
         for (lr, decay), hits in zip(grid.heads, correct.tolist(), strict=True)
     ]
-    best = best_choice(table)
-    scores = torch.cat([found[0].cpu() for _, found in probabilities(heads, splits.test.x, [best])])
-    return _readout(scores, splits.test.labels, table, best), best
+
+
+def _tested(heads: Heads, which: int, rows: Rows) -> Tensor:
+    """Probabilities [R, C] of the test rows by one head."""
+    return torch.cat([found[0].cpu() for _, found in probabilities(heads, rows.x, [which])])
 
 
 def _readout(scores: Tensor, labels: Tensor, table: list[Choice], best: int) -> Readout:

@@ -3,7 +3,8 @@
 A weight says where the probe reads. It does not say that what is shown there decided the answer: tokens of an encoder have
 looked at each other, and so have those of a probe with more than one block.
 
-Legend: R clips, N = t*h*w tokens (G*t*h*w where a clip's row has the tokens of G segments), D width, T frames, S pixels.
+Legend: R rows, N = t*h*w tokens of a clip, G clips (segments) that are read together, L blocks of the encoder whose outputs are
+read together, D width, T frames, S pixels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ HEAD = (
 
 
 def attention(state: Mapping[str, Tensor], config: AttentiveConfig, tokens: Tensor) -> Tensor:
-    """Weights float32 [R, N] of a probe's first query on tokens [R, N, D], mean over heads, 1 in sum.
+    """Weights float32 [R, M] of a probe's first query on tokens [R, M, D], mean over heads, 1 in sum.
 
     `state` is that of an AttentiveClassifier, as jepa_core.readout.attentive_probe gives it.
     """
@@ -50,22 +51,27 @@ def draw(
     frames: np.ndarray,
     grid: Grid,
     titles: Sequence[str],
+    blocks: int = 1,
 ) -> bytes:
-    """PNG: for each clip its frames, and below them the same frames under the probe's attention.
+    """PNG: for each row its frames, and below them the same frames under the probe's attention.
 
-    `tokens` [R, N, D] as the probe was given them, `frames` uint8 [R, T, S, S, 3] of their clips in the order shown, `grid`
-    that of one clip, a title for each. Raises ValueError where tokens and grid do not agree.
+    `tokens` [R, G*L*N, D] as the probe was given them, clip after clip, and of each block after block; `frames` uint8
+    [R, G*T, S, S, 3] of their clips in the order shown, `grid` that of one clip, a title for each row. Attention to several
+    blocks' outputs at one place is summed. Raises ValueError where tokens are not `blocks` (L) times those of whole clips.
     """
-    if tokens.shape[1] != grid.num_tokens:
-        raise ValueError(f"{tokens.shape[1]} tokens a row are not one clip of {tuple(grid)}: draw clips one by one")
-    weights = attention(state, config, tokens)
-    blocks = []
+    clips, rest = divmod(tokens.shape[1], blocks * grid.num_tokens)
+    if rest or frames.shape[1] % (clips * grid.t or 1):
+        told = f"{tokens.shape[1]} tokens and {frames.shape[1]} frames a row"
+        raise ValueError(f"{told} are no clips of {tuple(grid)} with {blocks} outputs each")
+    weights = attention(state, config, tokens).unflatten(1, (clips, blocks, grid.num_tokens)).sum(2).flatten(1)
+    grid = grid._replace(t=clips * grid.t)
+    drawn = []
     for title, clip, row in zip(titles, frames, weights, strict=True):
         shown = frame_sheet.picked(len(clip), COLUMNS)
         spread = float((-(row * row.clamp_min(1e-12).log()).sum()).exp())
         label = f"attention\n{spread:.0f} of {grid.num_tokens} tokens"
-        blocks.append(Block(title, [Row("the clip", clip[shown]), Row(label, overlay(clip, row, grid)[shown])]))
-    return frame_sheet.draw(blocks, HEAD)
+        drawn.append(Block(title, [Row("the clip", clip[shown]), Row(label, overlay(clip, row, grid)[shown])]))
+    return frame_sheet.draw(drawn, HEAD)
 
 
 def overlay(frames: np.ndarray, weights: Tensor, grid: Grid) -> np.ndarray:

@@ -74,7 +74,8 @@ def keys(config: BenchConfig) -> list[tuple[str, int]]:
 def trial_config(config: BenchConfig, catalogs: dict[str, str], run_dir: str, arm: str, seed: int) -> PretrainConfig:
     """The pretraining configuration of one trial, checked; arms differ in the weight of the prediction alone."""
     size = moving_digits.LEVELS[config.level].size
-    given = [f"preset={config.base}", f"clip.crop_size={size}", f"model.encoder.patch_size={size // PATCHES}", *config.overrides]
+    sizes = [f"clip.crop_size={size}", f"model.encoder.patch_size={size // PATCHES}"]
+    given = [f"preset={config.base}", "probe.every=0", *sizes, *config.overrides]
     given += [f"train.steps={config.steps}"] if config.steps else []
     given += ["model.loss.prediction_weight=0"] if arm == CONTROL else []
     where = [f"catalog={catalogs['pretrain']}", f"seed={seed}", "train.num_workers=0"]

@@ -199,6 +199,8 @@ def _run(arguments: list[str], reporter: Reporter) -> int:
     if "--dry-run" in rest:
         print(_dry_run(name, verb, config))
         return EXIT_OK
+    if hasattr(config, "preflight"):
+        config.preflight()
     result = importlib.import_module(verb.module).run(config, reporter)
     reporter.summary(name, **result)
     return EXIT_OK

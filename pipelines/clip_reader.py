@@ -17,6 +17,7 @@ from jepa_core.config import ClipConfig
 from jepa_core.sampling import Crop, clip_times, crop_box, frames_on_screen, reference_frames
 from pipelines import catalog, packet_decode, storage
 from pipelines.catalog_schema import CatalogRef
+from pipelines.errors import InputRefused
 from pipelines.packet_index import PacketIndex, shown
 from pipelines.video import SKIPPABLE_CODECS, Scaler, VideoRefused, frames_at
 
@@ -66,6 +67,13 @@ def read_frames(ref: CatalogRef, entry: dict[str, Any], pts: np.ndarray, crop: C
     if len(absent):
         raise VideoRefused("frames_missing", f"{len(absent)} of {len(pts)} times are no frame's, first {absent[0]}")
     return _decoded(entry, index, pts, crop, out)
+
+
+def why(error: VideoRefused | InputRefused) -> tuple[str, str]:
+    """(reason, detail) of a clip that could not be read, for the row that counts it."""
+    if isinstance(error, VideoRefused):
+        return error.reason, error.detail
+    return "changed" if isinstance(error, storage.ObjectChanged) else "vanished", str(error)
 
 
 def _check_shape(out: np.ndarray, num_frames: int, size: int) -> None:

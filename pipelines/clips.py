@@ -19,7 +19,7 @@ from jepa_core.sampling import Stream, generator
 from pipelines import catalog, epoch_plan, item_ids, storage, units
 from pipelines.catalog_schema import VIDEOS, CatalogRef
 from pipelines.clip_apart import read_clip_apart
-from pipelines.clip_reader import COLUMNS, read_clip
+from pipelines.clip_reader import COLUMNS, read_clip, why
 from pipelines.config import DataConfig, PretrainConfig
 from pipelines.errors import InputRefused
 from pipelines.video import VideoRefused
@@ -153,10 +153,8 @@ def _sample(
         try:
             read(source.ref, entry, source.clip, generator(data.plan.seed, Stream.CLIP, n, attempt), out)
             return entry, [{**failure, "replaced_by": entry["uri"]} for failure in failures]
-        except VideoRefused as refusal:
-            reason, detail = refusal.reason, refusal.detail
-        except InputRefused as error:
-            reason, detail = "changed" if isinstance(error, storage.ObjectChanged) else "vanished", str(error)
+        except (VideoRefused, InputRefused) as error:
+            reason, detail = why(error)
         failure = {"sample": n, "dataset": source.name, "uri": entry["uri"], "reason": reason, "detail": detail}
         failures.append({**failure, "attempt": attempt})
     tried = ", ".join(f"{failure['uri']} ({failure['reason']})" for failure in failures)

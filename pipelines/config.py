@@ -18,6 +18,7 @@ from jepa_core.config import (
     PretrainModelConfig,
 )
 from pipelines.errors import UsageError
+from pipelines.online_config import OnlineProbeConfig
 from pipelines.train_config import DataConfig, TrainConfig, check_train
 
 ONE_CATALOG = "catalog"
@@ -77,11 +78,13 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    probe: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def check(self) -> None:
         """Numbers that do not fit together, found before anything starts."""
         _check_datasets(self)
+        self.probe.check(self.clip_of(next(iter(self.sources.values()))))
         check_train(self.train)
         _check_heads("model.encoder", self.model.encoder.dim, self.model.encoder.heads)
         _check_heads("model.predictor", self.model.predictor.dim, self.model.predictor.heads)

@@ -25,7 +25,6 @@ from pipelines import (
     evaluate_table,
     features,
     label_match,
-    ray_session,
     run_folder,
     storage,
 )
@@ -89,29 +88,26 @@ class Shared(NamedTuple):
 
 def run(config: AnticipationConfig, reporter: Reporter) -> dict[str, Any]:
     """Match, decode and encode, train heads, tell recalls. Returns the action recalls. Raises as evaluate_probe.run does."""
-    config = evaluate_arms.pinned(config)
-    run_dir, ref = config.run.dir, catalog.parse_ref(config.catalog)
-    arms = (TRAINED, *(name for name in (RANDOM, PIXELS, FRAME_DIFFERENCE) if name in config.controls))
-    todo = [Unit(arm, seed) for seed in range(config.seeds) for arm in arms]
-    missing = [unit for unit in todo if evaluate_arms.read_unit(run_dir, unit.name) is None]
-    result = run_folder.read_json(run_dir, run_folder.RESULT)
-    if missing or result is None or result["seeds"] != config.seeds:
+    config, work = evaluate_arms.opened(config, units)
+    run_dir, ref, result = work.run_dir, catalog.parse_ref(config.catalog), work.result
+    if result is None:
         size = ClipConfig(num_frames=config.num_frames, fps=config.fps, crop_size=config.crop_size)
         compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size)
-        actions, words, notes = _actions(config, ref, run_dir, fixed=len(missing) < len(todo))
-        run_folder.begin(config.run, config)
-        with ray_session.session(config.ray):
-            evaluate_arms.check_gpus(config.gpus)
+        actions, words, notes = _actions(config, ref, run_dir, fixed=len(work.missing) < len(work.units))
+        with evaluate_arms.session(config):
             sizes = (len(words.verbs), len(words.nouns), len(words.actions))
             shared, failures = _prepare(config, run_dir, ref, compared, actions, sizes, reporter)
-            evaluate_arms.run_tasks(_recall, [(unit,) for unit in missing], shared, config, reporter, len(missing))
-        results = {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo}
-        result = _finish(shared, words, notes, failures, results)
-    title = f"jepa evaluate anticipation protocol={config.protocol}: class-mean recall@5, %"
-    reporter.table(title, *evaluate_table.accuracy_table(result))
-    reporter.table("differences, points", *evaluate_table.difference_table(result))
+            evaluate_arms.run_tasks(_recall, [(unit,) for unit in work.missing], shared, config, reporter, len(work.missing))
+        result = _finish(shared, words, notes, failures, work.results())
+    evaluate_table.show(reporter, f"jepa evaluate anticipation protocol={config.protocol}: class-mean recall@5, %", result)
     action = {line["arm"]: line["mean"] for line in result["arms"] if line["probe"] == "action"}
     return {"run": run_dir, "protocol": config.protocol, **action}
+
+
+def units(config: AnticipationConfig) -> list[Unit]:
+    """Every unit; those of one seed beside each other."""
+    arms = (TRAINED, *(name for name in (RANDOM, PIXELS, FRAME_DIFFERENCE) if name in config.controls))
+    return [Unit(arm, seed) for seed in range(config.seeds) for arm in arms]
 
 
 def read_annotations(data: bytes, where: str, split: str) -> list[Action]:

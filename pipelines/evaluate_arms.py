@@ -3,6 +3,7 @@
 An evaluation is made of units, (arm, seed, ...), each with a JSON of its own in `results/`: what stands there is not done again.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,9 +13,9 @@ import torch
 
 from jepa_core.config import AttentiveConfig, ClipConfig, EncoderConfig
 from jepa_core.encoder import clip_grid
-from pipelines import catalog, run_folder, storage
+from pipelines import catalog, ray_session, run_folder, storage
 from pipelines.errors import InputRefused, JepaError, Retryable, UsageError, unwrapped
-from pipelines.evaluate_config import models
+from pipelines.evaluate_config import models, require_models
 from pipelines.features import Arm, trained_arm
 from pipelines.pretrain import load_encoder
 from pipelines.progress import Reporter
@@ -103,13 +104,46 @@ def fitting(config: AttentiveConfig, arm: Arm, width: int) -> AttentiveConfig:
     return replace(config, heads=fits[0])
 
 
+class Work(NamedTuple):
+    """An evaluation whose folder is known: its units, those without a result, and the whole result where it stands."""
+
+    units: list[Any]
+    missing: list[Any]
+    result: dict[str, Any] | None
+    run_dir: str
+
+    def results(self) -> dict[Any, dict[str, Any]]:
+        """What each unit found, when all are done."""
+        return {unit: read_unit(self.run_dir, unit.name) for unit in self.units}
+
+
+def opened(config: T, units: Callable[[T], list[Any]]) -> tuple[T, Work]:
+    """The pinned configuration, and what is left to do of its `units`. Raises as `pinned` does."""
+    config = pinned(config)
+    run_dir, every = config.run.dir, units(config)
+    missing = [unit for unit in every if read_unit(run_dir, unit.name) is None]
+    result = run_folder.read_json(run_dir, run_folder.RESULT)
+    whole = not missing and result is not None and result["seeds"] == config.seeds
+    return config, Work(every, missing, result if whole else None, run_dir)
+
+
+@contextlib.contextmanager
+def session(config: Any) -> Iterator[None]:
+    """Claim the run's folder, and Ray for the block. Raises UsageError where no node has the GPUs asked for."""
+    run_folder.begin(config.run, config)
+    with ray_session.session(config.ray):
+        check_gpus(config.gpus)
+        yield
+
+
 def pinned(config: T) -> T:
     """The configuration with absolute URIs, the catalog's version, and checkpoints in place of runs: those that the folder was
     begun with, where it was. The number of seeds is that of several models.
 
     Raises UsageError for resume=never in a used folder and for the folder of another run, InputRefused for resume=must in an
-    unused one.
+    unused one and for a model that is not there.
     """
+    require_models(models(config.model))
     run_dir = storage.normalize(config.run.dir)
     storage.check_bucket(run_dir)
     used = run_folder.is_run(run_dir)

@@ -7,14 +7,57 @@ from omegaconf import MISSING
 
 from jepa_core.config import LINEAR_GRID, AttentiveConfig, HeadGrid
 from pipelines.config import RayConfig, RunConfig
-from pipelines.errors import UsageError
+from pipelines.errors import InputRefused, UsageError
+from pipelines.label_config import UNLISTED, ListFormat, list_files
 
-ListFormat = Literal[
-    "auto", "reference", "kinetics", "kinetics_json", "ssv2", "diving48", "jester", "coin", "table", "folders", "catalog"
-]
 PROBES = ("attentive", "linear", "knn")
+MODEL = "model.json"
+"""File of a model folder (pipelines.model_folder, which imports torch)."""
 CONTROLS = ("random", "pixels", "frame_difference")
-LIST_SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What every evaluation has."""
+
+    model: Any = MISSING
+    """URI of a pretraining run or model folder; a list of several is taken as seeds of one training."""
+    seeds: int = 3
+    """Of probes and of random weights; of several models, one for each."""
+    concurrency: int = 2
+    """Probes at a time."""
+    gpus: float = 0.0
+    """GPUs of a task; 0 encodes and probes on CPUs."""
+    run: RunConfig = field(default_factory=RunConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def check(self) -> None:
+        """Options that cannot be meant."""
+        models(self.model)
+        if self.seeds < 1 or self.concurrency < 1 or self.gpus < 0:
+            raise UsageError("seeds and concurrency must be at least 1, gpus not negative")
+
+    def preflight(self) -> None:
+        """What can be found wrong in a moment, before torch and Ray are imported."""
+        require_models(models(self.model))
+
+
+@dataclass(frozen=True)
+class VideoEvaluationConfig(EvaluationConfig):
+    """What every evaluation on the videos of a catalog has."""
+
+    catalog: str = MISSING
+    """URI of the catalog that holds the videos, `@version` pins one."""
+    max_failed: float = 0.02
+    """Share of the samples that may fail to decode."""
+    max_gb: float = 64.0
+    """Largest cache of features in GB; more is refused before anything is decoded."""
+
+    def check(self) -> None:
+        """Options that cannot be meant."""
+        super().check()
+        if not 0 <= self.max_failed < 1 or self.max_gb <= 0:
+            raise UsageError("max_failed is a share from 0 to below 1, max_gb is above 0")
 
 
 @dataclass(frozen=True)
@@ -53,13 +96,9 @@ class ScratchConfig:
 
 
 @dataclass(frozen=True)
-class ProbeEvaluationConfig:
+class ProbeEvaluationConfig(VideoEvaluationConfig):
     """jepa evaluate probe: classes read out of frozen features, beside random weights, pixels and frame differences."""
 
-    model: Any = MISSING
-    """URI of a pretraining run or model folder; a list of several is taken as seeds of one training."""
-    catalog: str = MISSING
-    """URI of the catalog that holds the videos, `@version` pins one."""
     labels: Any = None
     """URI of a labelled list, a list of them, or a mapping {train: URI, validation: URI, test: URI}."""
     classes: str | None = None
@@ -68,8 +107,6 @@ class ProbeEvaluationConfig:
     """folders takes classes from folder names, catalog the labels that the catalog holds already: neither needs `labels`."""
     max_missing: float = 0.0
     """Share of a list's rows that may name no video of the catalog."""
-    max_failed: float = 0.02
-    """Share of the samples that may fail to decode."""
     whole: bool = False
     """Ignore start and stop of a list: the files are cut already."""
     validation_share: float = 0.1
@@ -93,46 +130,31 @@ class ProbeEvaluationConfig:
     scratch: bool = False
     """Also train an encoder from scratch on the labels."""
     from_scratch: ScratchConfig = field(default_factory=ScratchConfig)
-    seeds: int = 3
-    """Of probes and of random weights; of several models, one for each."""
-    max_gb: float = 64.0
-    """Largest cache of features in GB; more is refused before anything is decoded."""
-    concurrency: int = 2
-    """Probes at a time."""
-    gpus: float = 0.0
-    """GPUs of a task; 0 encodes and probes on CPUs."""
-    run: RunConfig = field(default_factory=RunConfig)
-    ray: RayConfig = field(default_factory=RayConfig)
 
     def check(self) -> None:
         """Options that cannot be meant."""
-        models(self.model)
+        super().check()
         list_files(self.labels)
-        if self.labels is None and self.format not in ("folders", "catalog"):
+        if self.labels is None and self.format not in UNLISTED:
             raise UsageError("labels is missing: give labels=URI, or format=folders or format=catalog")
         check_names("probes", self.probes, PROBES, least=1)
         check_names("controls", self.controls, CONTROLS)
-        for name in ("max_missing", "max_failed"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name):g} must be a share, from 0 to below 1")
+        if not 0 <= self.max_missing < 1:
+            raise UsageError(f"max_missing={self.max_missing:g} must be a share, from 0 to below 1")
         for name in ("validation_share", "test_share"):
             if not 0 < getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name):g} must be a share between 0 and 1")
         if any(not 0 < share < 1 for share in self.few_labels):
             raise UsageError(f"few_labels={list(self.few_labels)}: shares of the training rows lie between 0 and 1")
-        check_shared(self)
         if self.attentive.num_queries != 1:
             raise UsageError(f"attentive.num_queries={self.attentive.num_queries}: a probe of one label has one query")
         self.clips.check()
 
 
 @dataclass(frozen=True)
-class AnticipationConfig:
+class AnticipationConfig(VideoEvaluationConfig):
     """jepa evaluate anticipation: the verb, noun and action that come next (EPIC-KITCHENS-100 lists)."""
 
-    model: Any = MISSING
-    """URI of a pretraining run or model folder; a list of several is taken as seeds of one training."""
-    catalog: str = MISSING
     train: str = MISSING
     """URI of the training annotations: CSV with video_id, start and stop (timestamps or seconds), verb_class, noun_class."""
     validation: str = MISSING
@@ -150,23 +172,16 @@ class AnticipationConfig:
     crop_size: int = 0
     fps: float = 0.0
     max_missing: float = 0.0
-    max_failed: float = 0.02
     validation_share: float = 0.1
     """Of the training videos, to choose heads by."""
     split_seed: int = 0
     attentive: AttentiveConfig = field(default_factory=lambda: AttentiveConfig(num_queries=3))
     grid: HeadGrid = field(default_factory=lambda: HeadGrid(weight_decays=(1e-4, 1e-3, 1e-2, 1e-1), batch_size=128))
     controls: list[str] = field(default_factory=lambda: list(CONTROLS))
-    seeds: int = 3
-    max_gb: float = 64.0
-    concurrency: int = 2
-    gpus: float = 0.0
-    run: RunConfig = field(default_factory=RunConfig)
-    ray: RayConfig = field(default_factory=RayConfig)
 
     def check(self) -> None:
         """Options that cannot be meant."""
-        models(self.model)
+        super().check()
         check_names("controls", self.controls, CONTROLS)
         if self.gap < 0 or not 0 <= self.train_gap[0] <= self.train_gap[1]:
             raise UsageError(f"gap={self.gap:g} and train_gap={list(self.train_gap)} are seconds before the action, not negative")
@@ -178,19 +193,10 @@ class AnticipationConfig:
             )
         if self.attentive.num_queries != 3:
             raise UsageError(f"attentive.num_queries={self.attentive.num_queries}: one query each for verb, noun and action")
-        check_shared(self)
         if min(self.num_frames, self.crop_size, self.fps) < 0:
             raise UsageError("num_frames, crop_size and fps must not be negative")
         if not 0 < self.validation_share < 1 or not 0 <= self.max_missing < 1:
             raise UsageError("validation_share and max_missing are shares")
-
-
-def check_shared(config: Any) -> None:
-    """What all evaluations with arms have. Raises UsageError."""
-    if config.seeds < 1 or config.concurrency < 1 or config.gpus < 0:
-        raise UsageError("seeds and concurrency must be at least 1, gpus not negative")
-    if not 0 <= getattr(config, "max_failed", 0.0) < 1 or getattr(config, "max_gb", 1.0) <= 0:
-        raise UsageError("max_failed is a share from 0 to below 1, max_gb is above 0")
 
 
 def models(given: Any) -> list[str]:
@@ -201,19 +207,17 @@ def models(given: Any) -> list[str]:
     return found
 
 
-def list_files(given: Any) -> list[tuple[str | None, str]]:
-    """(split of rows that do not say one, URI) of the lists in `labels`. Raises UsageError."""
-    if given is None:
-        return []
-    if isinstance(given, dict):
-        if unknown := [str(name) for name in given if name not in LIST_SPLITS]:
-            raise UsageError(f"labels.{unknown[0]}: lists are given as {', '.join(LIST_SPLITS)}")
-        pairs = [(str(split), uri) for split, uris in given.items() for uri in (uris if isinstance(uris, list) else [uris])]
-    else:
-        pairs = [(None, uri) for uri in (given if isinstance(given, list | tuple) else [given])]
-    if not pairs or not all(isinstance(uri, str) and uri for _, uri in pairs):
-        raise UsageError(f"labels={given}: give the URI of a list, several as [a,b], or {{train: a, test: b}}")
-    return pairs
+def require_models(uris: list[str]) -> None:
+    """Raises InputRefused for a URI at which there is neither a run nor a model folder, as far as their first file tells."""
+    from pipelines import run_folder, storage
+
+    for uri in uris:
+        storage.check_bucket(uri)
+        places = (run_folder.CONFIG, MODEL, run_folder.COMMIT)
+        if not any(storage.exists(storage.join(storage.normalize(uri), name)) for name in places):
+            raise InputRefused(
+                f"model={uri} is no run, no checkpoint and no model folder (it holds none of {', '.join(places)}): check the URI"
+            )
 
 
 def check_names(option: str, given: list[str], known: tuple[str, ...], least: int = 0) -> None:

@@ -33,7 +33,6 @@ from pipelines import (
     features,
     frame_sheet,
     model_folder,
-    ray_session,
     run_folder,
     storage,
 )
@@ -93,12 +92,9 @@ def run(config: DecodeConfig, reporter: Reporter) -> dict[str, Any]:
 
     Raises UsageError and InputRefused as the modules that it calls do.
     """
-    config = evaluate_arms.pinned(config)
-    run_dir, ref = config.run.dir, catalog.parse_ref(config.catalog)
-    todo = [Unit(arm, seed) for seed in range(config.seeds) for arm in (TRAINED, RANDOM)] + [Unit(MEAN_PICTURE, 0)]
-    missing = [unit for unit in todo if evaluate_arms.read_unit(run_dir, unit.name) is None]
-    result = run_folder.read_json(run_dir, run_folder.RESULT)
-    if missing or result is None or result["seeds"] != config.seeds:
+    config, work = evaluate_arms.opened(config, units)
+    run_dir, ref, result = work.run_dir, catalog.parse_ref(config.catalog), work.result
+    if result is None:
         shown = config.footage
         size = ClipConfig(num_frames=shown.num_frames, fps=shown.fps, crop_size=shown.crop_size)
         compared = evaluate_arms.compared(config.model, (RANDOM, PIXELS), config.seeds, size)
@@ -107,20 +103,23 @@ def run(config: DecodeConfig, reporter: Reporter) -> dict[str, Any]:
         groups = clip_groups.group_footage(footage, span, shown.gap, shown.pieces, shown.least_videos)
         dealt = clip_groups.folds(groups, max(2, round(1 / config.held_out)), 0, "decoding")
         items = _items(config, groups, compared.clip)
-        run_folder.begin(config.run, config)
-        with ray_session.session(config.ray):
-            evaluate_arms.check_gpus(config.gpus)
+        with evaluate_arms.session(config):
             evaluate_arms.check_size(compared.arms, compared.clip, len(items), config.max_gb)
             folder = storage.join(run_dir, evaluate_arms.FEATURES)
             cache = features.fill(ref, items, compared.arms, compared.clip, "tokens", folder, reporter, num_gpus=config.gpus)
             shared, failures = _split(config, run_dir, compared, cache, groups, dealt)
-            evaluate_arms.run_tasks(_decode, [(unit,) for unit in missing], shared, config, reporter, len(missing))
-            result = _finish(shared, {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo}, failures)
+            evaluate_arms.run_tasks(_decode, [(unit,) for unit in work.missing], shared, config, reporter, len(work.missing))
+            result = _finish(shared, work.results(), failures)
     told = f"PSNR in dB, {result['split']}, {result['held_out']} held-out groups"
     rows = [(line["arm"], _shown(line)) for line in result["arms"]]
     rows += [(f"{line['first']} - {line['second']}", _shown(line)) for line in result["differences"]]
     reporter.table(told, ("decoded from", "PSNR"), rows)
     return {"run": run_dir, **{f"{line['arm'].replace(' ', '_')}_db": line["mean"] for line in result["arms"]}}
+
+
+def units(config: DecodeConfig) -> list[Unit]:
+    """Every unit."""
+    return [Unit(arm, seed) for seed in range(config.seeds) for arm in (TRAINED, RANDOM)] + [Unit(MEAN_PICTURE, 0)]
 
 
 def _items(config: DecodeConfig, groups: Groups, clip: ClipConfig) -> list[Item]:

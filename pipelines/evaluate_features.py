@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from jepa_core.config import ClipConfig
 from jepa_core.encoder import clip_grid
 from jepa_core.feature_colours import colours, fit_colours
-from pipelines import catalog, clip_groups, evaluate_arms, features, frame_sheet, ray_session, run_folder, storage
+from pipelines import catalog, clip_groups, evaluate_arms, features, frame_sheet, run_folder, storage
 from pipelines.attention_maps import upsampled
 from pipelines.clip_groups import Footage
 from pipelines.errors import InputRefused
@@ -64,9 +64,7 @@ def run(config: FeaturePicturesConfig, reporter: Reporter) -> dict[str, Any]:
         compared = evaluate_arms.compared(config.model, (RANDOM, PIXELS), 1, size)
         footage = clip_groups.read_footage(ref, shown.only, shown.max_videos)
         films, items = plan(footage, compared.clip, shown.moments)
-        run_folder.begin(config.run, config)
-        with ray_session.session(config.ray):
-            evaluate_arms.check_gpus(config.gpus)
+        with evaluate_arms.session(config):
             folder = storage.join(run_dir, evaluate_arms.FEATURES)
             found = features.extract(ref, items, compared.arms, compared.clip, "tokens", folder, reporter, num_gpus=config.gpus)
         result = _draw(config, run_dir, films, found, compared)

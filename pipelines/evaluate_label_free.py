@@ -31,7 +31,6 @@ from pipelines import (
     features,
     label_free_rows,
     model_folder,
-    ray_session,
     run_folder,
     storage,
 )
@@ -79,29 +78,23 @@ def run(config: LabelFreeConfig, reporter: Reporter) -> dict[str, Any]:
 
     Raises UsageError and InputRefused as the modules that it calls do.
     """
-    config = evaluate_arms.pinned(config)
-    run_dir, ref = config.run.dir, catalog.parse_ref(config.catalog)
-    todo = units(config)
-    missing = [unit for unit in todo if evaluate_arms.read_unit(run_dir, unit.name) is None]
-    result = run_folder.read_json(run_dir, run_folder.RESULT)
-    if missing or result is None or result["seeds"] != config.seeds:
+    config, work = evaluate_arms.opened(config, units)
+    run_dir, ref, result = work.run_dir, catalog.parse_ref(config.catalog), work.result
+    if result is None:
         shown = config.footage
         size = ClipConfig(num_frames=shown.num_frames, fps=shown.fps, crop_size=shown.crop_size)
         compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size)
         footage = clip_groups.read_footage(ref, shown.only, shown.max_videos)
         items, tasks = label_free_rows.plan(config, footage, compared.clip)
-        run_folder.begin(config.run, config)
-        with ray_session.session(config.ray):
-            evaluate_arms.check_gpus(config.gpus)
+        with evaluate_arms.session(config):
             shared, failures = _prepare(config, run_dir, ref, items, tasks, compared, reporter)
-            calls = list(evaluate_arms.grouped(missing, lambda unit: (unit.arm, unit.seed)))
-            evaluate_arms.run_tasks(_answer, [(group,) for _, group in calls], shared, config, reporter, len(missing))
-        result = _finish(shared, {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo}, failures)
+            calls = list(evaluate_arms.grouped(work.missing, lambda unit: (unit.arm, unit.seed)))
+            evaluate_arms.run_tasks(_answer, [(group,) for _, group in calls], shared, config, reporter, len(work.missing))
+        result = _finish(shared, work.results(), failures)
     for task in result["tasks"]:
         part = part_of(result, task["name"])
         title = f"{WHAT[task['name']]}, {task['split']}: {task['groups']} groups, {task['clips']} clips"
-        reporter.table(f"{title}, guessing {100 * task['chance']:.0f} %: right, %", *evaluate_table.accuracy_table(part))
-        reporter.table("differences, points", *evaluate_table.difference_table(part))
+        evaluate_table.show(reporter, f"{title}, guessing {100 * task['chance']:.0f} %: right, %", part)
     return {"run": run_dir, **{line["probe"]: line["mean"] for line in result["arms"] if line["arm"] == TRAINED}}
 
 

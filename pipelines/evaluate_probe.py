@@ -4,11 +4,12 @@
     run.dir/features/         the cache of features.py
     run.dir/results/          one JSON for each arm, seed and probe
     run.dir/model/            the encoder with its best attentive probe, as a model folder
-    run.dir/result.json, accuracy.png, confusion.png
+    run.dir/result.json, accuracy.png, confusion.png, attention.png
 
 Legend: R rows, V views, G clips of a row, N tokens, D width.
 """
 
+import os
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -16,21 +17,24 @@ import numpy as np
 import torch
 
 from jepa_core.config import ClipConfig
+from jepa_core.encoder import clip_grid
 from jepa_core.probe import standardise
 from jepa_core.readout import Readout, Rows, Splits, attentive_probe, few_labels, knn_probe, linear_probe
 from jepa_core.weights import ENCODER, PREDICTOR, PROBE, ModelConfig
 from pipelines import (
+    attention_maps,
     catalog,
     evaluate_arms,
     evaluate_rows,
     evaluate_table,
     features,
+    frame_sheet,
     model_folder,
-    ray_session,
     run_folder,
     storage,
 )
 from pipelines.catalog_schema import CatalogRef
+from pipelines.clip_items import Item
 from pipelines.errors import InputRefused
 from pipelines.evaluate_arms import FRAME_DIFFERENCE, PIXELS, RANDOM, SCRATCH, TRAINED, Compared
 from pipelines.evaluate_config import ProbeEvaluationConfig
@@ -39,9 +43,12 @@ from pipelines.evaluate_scratch import SUPERVISED, check_small, train_from_scrat
 from pipelines.features import Cache
 from pipelines.label_match import Labelled, Sample
 from pipelines.progress import Reporter
+from pipelines.report_figures import clip_frames
 
 ROWS, MODEL = "rows.json", "model"
-ACCURACY, CONFUSION = "accuracy.png", "confusion.png"
+ACCURACY, CONFUSION, ATTENTION = "accuracy.png", "confusion.png", "attention.png"
+ATTENTION_ROWS = 6
+"""Test rows on the sheet of attention maps."""
 ATTENTIVE, LINEAR, KNN = "attentive", "linear", "knn"
 
 
@@ -81,26 +88,21 @@ def run(config: ProbeEvaluationConfig, reporter: Reporter) -> dict[str, Any]:
 
     Raises UsageError and InputRefused as the modules that it calls do.
     """
-    config = evaluate_arms.pinned(config)
-    run_dir, ref = config.run.dir, catalog.parse_ref(config.catalog)
-    todo = units(config)
-    missing = [unit for unit in todo if evaluate_arms.read_unit(run_dir, unit.name) is None]
-    result = run_folder.read_json(run_dir, run_folder.RESULT)
-    if missing or result is None or result["seeds"] != config.seeds:
+    config, work = evaluate_arms.opened(config, units)
+    run_dir, ref, result = work.run_dir, catalog.parse_ref(config.catalog), work.result
+    if result is None:
         size = ClipConfig(num_frames=config.clips.num_frames, fps=config.clips.fps, crop_size=config.clips.crop_size)
         compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size, config.blocks)
         if config.scratch:
             check_small(compared.arms[f"{TRAINED}-0"].encoder, config.from_scratch)
-        found = _labelled(config, ref, run_dir, fixed=len(missing) < len(todo))
-        run_folder.begin(config.run, config)
-        with ray_session.session(config.ray):
-            evaluate_arms.check_gpus(config.gpus)
-            shared = _prepare(config, run_dir, ref, found, compared, reporter)
-            calls = list(evaluate_arms.grouped(missing, lambda unit: (unit.arm, unit.seed)))
-            evaluate_arms.run_tasks(_probe, [(group,) for _, group in calls], shared, config, reporter, len(missing))
-        result = _finish(shared, found, {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo})
-    reporter.table("jepa evaluate probe: test accuracy, %", *evaluate_table.accuracy_table(result))
-    reporter.table("differences, points", *evaluate_table.difference_table(result))
+        found = _labelled(config, ref, run_dir, fixed=len(work.missing) < len(work.units))
+        with evaluate_arms.session(config):
+            shared, items = _prepare(config, run_dir, ref, found, compared, reporter)
+            calls = list(evaluate_arms.grouped(work.missing, lambda unit: (unit.arm, unit.seed)))
+            evaluate_arms.run_tasks(_probe, [(group,) for _, group in calls], shared, config, reporter, len(work.missing))
+            attention = _attention(shared, items, work.results(), ref, reporter)
+        result = _finish(shared, found, work.results(), attention)
+    evaluate_table.show(reporter, "jepa evaluate probe: test accuracy, %", result)
     first = {line["arm"]: line["mean"] for line in result["arms"] if line["probe"] == config.probes[0]}
     return {"run": run_dir, "probe": config.probes[0], **first}
 
@@ -126,8 +128,8 @@ def _labelled(config: ProbeEvaluationConfig, ref: CatalogRef, run_dir: str, *, f
 
 def _prepare(
     config: ProbeEvaluationConfig, run_dir: str, ref: CatalogRef, found: Labelled, compared: Compared, reporter: Reporter
-) -> Shared:
-    """Fill the cache of features, and leave out the rows that did not come out."""
+) -> tuple[Shared, list[Item]]:
+    """Fill the cache of features, and leave out the rows that did not come out. Returns what tasks need, and all items."""
     plan = evaluate_rows.plan(ref, found.samples, config.clips, compared.clip)
     attentive = ATTENTIVE in config.probes
     if attentive:
@@ -147,8 +149,8 @@ def _prepare(
     ]
     one = next(cache for cache in caches if cache is not None)
     plan = evaluate_rows.without(plan, features.read(one, ()), config.max_failed, str(config.labels or config.format))
-    plan = plan._replace(items=plan.items[:0], count=len(plan.items))  # times of frames need not travel to the tasks
-    return Shared(config, run_dir, compared, plan, found.classes, *caches)
+    # Times of frames need not travel to the tasks.
+    return Shared(config, run_dir, compared, plan._replace(items=[]), found.classes, *caches), plan.items
 
 
 def _probe(group: list[Unit], shared: Shared) -> list[str]:
@@ -196,7 +198,7 @@ def _read_out(unit: Unit, splits: Splits, shared: Shared) -> dict[str, Any]:
             fitted = evaluate_arms.fitting(config.attentive, arm, splits.train.x.shape[-1])
             found, state = attentive_probe(splits, fitted, config.grid, unit.seed, evaluate_arms.device(config.gpus))
             if unit.arm == TRAINED and unit.share == 1:
-                model_folder.save_tensors(storage.join(shared.run_dir, evaluate_arms.RESULTS, f"{unit.name}.safetensors"), state)
+                model_folder.save_tensors(_state_uri(shared, unit), state)
     except ValueError as error:
         raise InputRefused(f"{config.labels or config.format}: {error}") from error
     return told(found)
@@ -216,7 +218,54 @@ def told(found: Readout) -> dict[str, Any]:
     }
 
 
-def _finish(shared: Shared, labelled: Labelled, results: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
+def _attention(
+    shared: Shared, items: list[Item], results: dict[Unit, dict[str, Any]], ref: CatalogRef, reporter: Reporter
+) -> list[dict[str, str]]:
+    """Attention maps of the exported probe on a few test rows, centre view: [] or the picture, as a result lists it."""
+    if ATTENTIVE not in shared.config.probes:
+        return []
+    unit, plan, clip = _best(results), shared.plan, shared.compared.clip
+    trained = shared.compared.features_of(TRAINED, unit.seed)
+    arm = shared.compared.arms[trained]
+    chosen = frame_sheet.picked(len(plan.labels["test"]), ATTENTION_ROWS)
+    rows = plan.rows["test"][chosen]
+    rows = rows[:, rows.shape[1] // 2]
+    places = torch.from_numpy(np.unique(rows, return_inverse=True)[1].reshape(rows.shape))
+    tokens = features.read(shared.tokens, [trained], set(rows.flatten().tolist())).x[trained][places].flatten(1, 2)
+    few = [items[item] for item in np.unique(rows)]  # a handful, decoded again: the cache need not hold pixels
+    folder = storage.join(shared.run_dir, evaluate_arms.FEATURES)
+    pixels = features.extract(ref, few, {PIXELS: features.Arm(PIXELS, arm.encoder)}, clip, "tokens", folder, reporter)
+    if len(pixels.kept) < len(few):
+        return []
+    grid = clip_grid(clip, arm.encoder)
+    cut = (pixels.x[PIXELS].float() * 255).round().to(torch.uint8).numpy()
+    frames = np.stack([clip_frames(one, grid, arm.encoder.patch_size) for one in cut])[places.numpy()]
+    frames = frames.reshape(len(rows), -1, *frames.shape[3:])
+    titles = []
+    for row in chosen:
+        true, taken = (shared.classes[label] for label in (plan.labels["test"][row], results[unit]["predicted"][row]))
+        name = os.path.basename(plan.samples["test"][row].name)
+        titles.append(f"{name}: {true}" + ("" if taken == true else f", taken for {taken}"))
+    fitted = evaluate_arms.fitting(shared.config.attentive, arm, tokens.shape[-1])
+    state = model_folder.load_tensors(_state_uri(shared, unit))
+    picture = attention_maps.draw(state, fitted, tokens, frames, grid, titles, max(1, len(arm.blocks)))
+    storage.write_bytes(storage.join(shared.run_dir, ATTENTION), picture)
+    return [{"file": ATTENTION, "caption": "Where the attentive probe looks, on test clips: violet is an even share."}]
+
+
+def _best(results: dict[Unit, dict[str, Any]]) -> Unit:
+    """The attentive probe of the seed that is best on validation."""
+    candidates = [unit for unit in results if unit.arm == TRAINED and unit.probe == ATTENTIVE and unit.share == 1]
+    return max(candidates, key=lambda unit: results[unit]["validation"])
+
+
+def _state_uri(shared: Shared, unit: Unit) -> str:
+    return storage.join(shared.run_dir, evaluate_arms.RESULTS, f"{unit.name}.safetensors")
+
+
+def _finish(
+    shared: Shared, labelled: Labelled, results: dict[Unit, dict[str, Any]], attention: list[dict[str, str]]
+) -> dict[str, Any]:
     """Result, pictures and the model with its probe. Returns the result."""
     config, plan = shared.config, shared.plan
     values: dict[tuple[str, str], list[float]] = {}
@@ -253,6 +302,7 @@ def _finish(shared: Shared, labelled: Labelled, results: dict[Unit, dict[str, An
         "pictures": [
             {"file": ACCURACY, "caption": "Test accuracy by probe and features. The dashed line is guessing."},
             {"file": CONFUSION, "caption": f"What the {shown.column} probe of the trained features takes for what."},
+            *attention,
         ],
     }
     storage.write_bytes(storage.join(shared.run_dir, ACCURACY), evaluate_table.bars(result, "test accuracy, %", guessing))
@@ -267,9 +317,8 @@ def _finish(shared: Shared, labelled: Labelled, results: dict[Unit, dict[str, An
 
 def _export(shared: Shared, results: dict[Unit, dict[str, Any]]) -> None:
     """The model with the attentive probe of the seed that is best on validation, under the official keys."""
-    candidates = [unit for unit in results if unit.arm == TRAINED and unit.probe == ATTENTIVE and unit.share == 1]
-    best = max(candidates, key=lambda unit: results[unit]["validation"])
-    state = model_folder.load_tensors(storage.join(shared.run_dir, evaluate_arms.RESULTS, f"{best.name}.safetensors"))
+    best = _best(results)
+    state = model_folder.load_tensors(_state_uri(shared, best))
     arm = shared.compared.arms[shared.compared.features_of(TRAINED, best.seed)]
     probe = replace(shared.config.attentive, num_classes=len(shared.classes))
     clip = model_folder.ClipFormat(shared.compared.clip.num_frames, shared.compared.clip.crop_size, shared.compared.clip.fps)

@@ -25,7 +25,7 @@ from jepa_core.config import ClipConfig
 from jepa_core.encoder import clip_grid
 from jepa_core.probe import ridge_predictions
 from jepa_core.statistics import bootstrap_interval
-from pipelines import evaluate_arms, evaluate_table, features, model_folder, ray_session, run_folder, storage
+from pipelines import evaluate_arms, evaluate_table, features, model_folder, run_folder, storage
 from pipelines.errors import InputRefused
 from pipelines.evaluate_arms import FRAME_DIFFERENCE, PIXELS, RANDOM, TRAINED, Compared
 from pipelines.evaluate_config import models
@@ -83,20 +83,15 @@ def run(config: RobotEvaluationConfig, reporter: Reporter) -> dict[str, Any]:
 
     Raises UsageError and InputRefused as the modules that it calls do.
     """
-    config = evaluate_arms.pinned(replace(config, trajectories=storage.normalize(config.trajectories)))
-    run_dir = config.run.dir
-    todo = units(config)
-    missing = [unit for unit in todo if evaluate_arms.read_unit(run_dir, unit.name) is None]
-    result = run_folder.read_json(run_dir, run_folder.RESULT)
-    if missing or result is None or result["seeds"] != config.seeds:
+    config, work = evaluate_arms.opened(replace(config, trajectories=storage.normalize(config.trajectories)), units)
+    run_dir, result = work.run_dir, work.result
+    if result is None:
         size = ClipConfig(num_frames=0, fps=0.0, crop_size=config.crop_size)
         compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size)
         compared = compared._replace(clip=replace(compared.clip, num_frames=1))
-        run_folder.begin(config.run, config)
-        with ray_session.session(config.ray):
+        with evaluate_arms.session(config):
             from pipelines import probe, trajectories
 
-            evaluate_arms.check_gpus(config.gpus)
             episodes = trajectories.load_index(run_dir)
             if episodes is None:
                 episodes = probe.usable_episodes(config.trajectories, config.episodes)
@@ -104,11 +99,9 @@ def run(config: RobotEvaluationConfig, reporter: Reporter) -> dict[str, Any]:
             shared = Shared(config, run_dir, compared, episodes, _folder(config, run_dir, compared, episodes))
             blocks = [number for number in range(-(-episodes.num_rows // BLOCK)) if not storage.exists(_block(shared, number))]
             evaluate_arms.run_tasks(_encode, [(number,) for number in blocks], shared, config, reporter, len(blocks))
-            evaluate_arms.run_tasks(_regress, [(unit,) for unit in missing], shared, config, reporter, len(missing))
-        result = _finish(shared, {unit: evaluate_arms.read_unit(run_dir, unit.name) for unit in todo})
-    title = f"R2 of positions, % of variance, {result['held_out']} held-out episodes"
-    reporter.table(title, *evaluate_table.accuracy_table(result))
-    reporter.table("differences, points", *evaluate_table.difference_table(result))
+            evaluate_arms.run_tasks(_regress, [(unit,) for unit in work.missing], shared, config, reporter, len(work.missing))
+        result = _finish(shared, work.results())
+    evaluate_table.show(reporter, f"R2 of positions, % of variance, {result['held_out']} held-out episodes", result)
     return {"run": run_dir, **{line["probe"]: line["mean"] for line in result["arms"] if line["arm"] == TRAINED}}
 
 

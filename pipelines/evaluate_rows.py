@@ -20,8 +20,9 @@ from pipelines import catalog, label_lists, label_match, storage
 from pipelines.catalog_schema import CatalogRef
 from pipelines.clip_reader import COLUMNS
 from pipelines.errors import InputRefused
-from pipelines.evaluate_config import ProbeEvaluationConfig, ViewsConfig, list_files
+from pipelines.evaluate_config import ProbeEvaluationConfig, ViewsConfig
 from pipelines.features import Features, Item
+from pipelines.label_config import list_files
 from pipelines.label_match import Labelled, Sample
 
 READERS = 16

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jepa_core.statistics import mean_interval, paired_difference, wilson_interval
+from pipelines.progress import Reporter
 
 SEEDS, ROWS = "seeds", "test rows"
 BAR_COLOURS = ("#2f6fb3", "#5f6368", "#c26a1e", "#8458a6", "#3d8b63")
@@ -50,6 +51,12 @@ def scores(values: Mapping[tuple[str, str], Sequence[float]], rows: int | None, 
         if arm != first and (first, probe) in values
     ]
     return {"arms": arms, "differences": apart}
+
+
+def show(reporter: Reporter, title: str, result: Mapping[str, Any]) -> None:
+    """Both tables of a result, or of a part of one, for the user."""
+    reporter.table(title, *accuracy_table(result))
+    reporter.table("differences, points", *difference_table(result))
 
 
 def accuracy_table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -9,29 +9,27 @@ Legend: R items that came out, T frames, S crop size in pixels, N tokens, P valu
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from jepa_core.config import ClipConfig, EncoderConfig
 from jepa_core.encoder import VisionTransformer, clip_grid
-from jepa_core.sampling import Crop
 from jepa_core.weights import State
-from pipelines import catalog, storage
+from pipelines import storage
 from pipelines.catalog_schema import CatalogRef
-from pipelines.clip_reader import COLUMNS, read_frames
+from pipelines.clip_items import Item, entries_of, read_items
 from pipelines.errors import InputRefused, JepaError, Retryable, unwrapped
 from pipelines.pretrain import load_encoder
 from pipelines.progress import Reporter
-from pipelines.video import VideoRefused, tubelets
+from pipelines.video import tubelets
 
 Keep = Literal["mean", "tokens"]
 FRAMES = "frames"
@@ -42,18 +40,6 @@ POOLED = (4, 12, 12)
 """What pixels and frame differences are averaged to at most, along time, height and width, where one row a clip is kept."""
 DATA, DONE = ".safetensors", ".json"
 """Files of a block: features, and then what came out and what did not."""
-
-
-class Item(NamedTuple):
-    """One clip to read: its frames, in the order in which they are shown, and one of its square crops."""
-
-    video: str
-    """Catalog id."""
-    pts: np.ndarray
-    """int64 [T] in the video's time base; may descend and repeat."""
-    view: int = 0
-    views: int = 1
-    """1: the centre; V: V squares spread evenly along the longer side of the frame as displayed, ends included."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,18 +100,6 @@ def trained_arm(uri: str, blocks: Sequence[int] = ()) -> Arm:
     return Arm("trained", encoder.config, dict(encoder.state_dict()), blocks=tuple(blocks))
 
 
-def square_crop(width: int, height: int, view: int, views: int) -> Crop:
-    """The largest square of a frame of these sizes: the centre one, or number `view` of `views` along the longer side.
-
-    As published, but for the order: the reference (evals/video_classification_frozen, short side to the crop size, then squares)
-    scales the frame and then crops, here the square is cut out and scaled, so the edges of the outer squares and offsets of less
-    than a pixel differ. For one view it scales the short side to 256/224 of the crop, and shows 88 % of what is shown here.
-    """
-    side = min(width, height)
-    share = 0.5 if views == 1 else view / (views - 1)
-    return Crop(round((width - side) * share), round((height - side) * share), side, side, False)
-
-
 def extract(
     ref: CatalogRef,
     items: Sequence[Item],
@@ -159,7 +133,7 @@ def fill(
     cluster's GPUs encodes, under bf16 autocast. Raises InputRefused for items of videos that the catalog
     does not have, Retryable where a task is lost.
     """
-    entries = _entries(ref, items, clip)
+    entries = entries_of(ref, items, clip)
     folders = _folders(ref, items, arms, clip, keep, folder)
     size = max(1, min(BLOCK_ITEMS, BLOCK_BYTES // (clip.num_frames * clip.crop_size**2 * 3)))
     blocks = [range(first, min(first + size, len(items))) for first in range(0, len(items), size)]
@@ -174,8 +148,11 @@ def fill(
     return Cache(folders, len(blocks))
 
 
-def read(cache: Cache, names: Sequence[str] | None = None) -> Features:
-    """Features of some arms, or of all, from the cache; of none, what came out. Raises InputRefused where arms do not agree."""
+def read(cache: Cache, names: Sequence[str] | None = None, items: Collection[int] | None = None) -> Features:
+    """Features of some arms, or of all, from the cache; of none, what came out. Raises InputRefused where arms do not agree.
+
+    With `items`, of these alone: only the blocks that hold them are read.
+    """
     from safetensors.torch import load
 
     chosen = list(cache.folders) if names is None else list(names)
@@ -187,10 +164,18 @@ def read(cache: Cache, names: Sequence[str] | None = None) -> Features:
             raise InputRefused(f"{cache.folders[name]} holds other clips than the cache beside it: remove both, videos changed")
         failures = [failure for block in blocks for failure in block["failures"]]
         if name in chosen:
-            wanted = [n for n, block in enumerate(blocks) if block["kept"]]
-            parts = [load(storage.read_bytes(_file(cache.folders[name], n, DATA)))["x"] for n in wanted]
-            x[name] = torch.cat(parts) if parts else torch.empty(0)
-    return Features(np.array([item for block in told[0] for item in block], np.int64), x, failures)
+            x[name] = torch.empty(0)
+            kept = [[place for place, item in enumerate(block["kept"]) if items is None or item in items] for block in blocks]
+            rows = 0
+            for number, places in enumerate(kept):
+                if places:
+                    part = load(storage.read_bytes(_file(cache.folders[name], number, DATA)))["x"][places]
+                    if not rows:  # filled block by block: a list of them to be joined would take as much again
+                        x[name] = part.new_empty(sum(map(len, kept)), *part.shape[1:])
+                    x[name][rows : rows + len(part)] = part
+                    rows += len(part)
+    came = [item for block in told[0] for item in block if items is None or item in items]
+    return Features(np.array(came, np.int64), x, failures)
 
 
 def encode(arm: Arm, frames: np.ndarray, keep: Keep, device: str = "cpu") -> Tensor:
@@ -239,21 +224,6 @@ def _module(arm: Arm, device: str) -> VisionTransformer:
             module.load_state_dict(arm.state)
         _MODULES[key] = module.eval().requires_grad_(False).to(device)
     return _MODULES[key]
-
-
-def _entries(ref: CatalogRef, items: Sequence[Item], clip: ClipConfig) -> pa.Table:
-    """The catalog rows of the items' videos."""
-    wrong = next((n for n, item in enumerate(items) if len(item.pts) != clip.num_frames or not 0 <= item.view < item.views), None)
-    if wrong is not None:
-        item = items[wrong]
-        raise ValueError(f"item {wrong}: {len(item.pts)} frames, view {item.view} of {item.views}; a clip has {clip.num_frames}")
-    wanted = {item.video for item in items}
-    rows = catalog.read_videos(ref, COLUMNS)
-    rows = rows.filter(pc.is_in(rows["id"], pa.array(sorted(wanted), pa.string())))
-    absent = sorted(wanted - set(rows["id"].to_pylist()))
-    if absent:
-        raise InputRefused(f"{ref} does not hold {len(absent)} of {len(wanted)} videos asked for: {', '.join(absent[:5])}")
-    return rows.combine_chunks()
 
 
 def _folders(
@@ -345,30 +315,14 @@ def _decode(plan: pa.Table, job: _Job) -> pa.Table:
     number, first, arms = (plan[name][0].as_py() for name in ("number", "first", "arms"))
     rows, views, pts = (np.array(plan[name][0].as_py(), np.int64) for name in ("rows", "views", "pts"))
     entries = ray.get(job.rows).take(pa.array(rows)).to_pylist()
-    frames, size = pts.reshape(len(rows), -1), job.clip.crop_size
-    out = np.empty((len(rows), frames.shape[1], 1, 1, 1, size, size, 3), np.uint8)
-    kept, failures = [], []
+    parts = zip(entries, pts.reshape(len(rows), -1), *views.reshape(-1, 2).T.tolist(), strict=True)
+    items = [Item(entry["id"], *part) for entry, *part in parts]
     try:
-        for place, entry in enumerate(entries):
-            try:
-                crop = square_crop(entry["width"], entry["height"], *views[2 * place : 2 * place + 2].tolist())
-                read_frames(job.ref, entry, frames[place], crop, out[len(kept)])
-            except VideoRefused as refusal:
-                failures.append(_failure(first + place, entry, refusal.reason, refusal.detail))
-            except InputRefused as error:
-                reason = "changed" if isinstance(error, storage.ObjectChanged) else "vanished"
-                failures.append(_failure(first + place, entry, reason, str(error)))
-            else:
-                kept.append(first + place)
+        kept, frames, failures = read_items(job.ref, items, entries, job.clip.crop_size, first)
     except JepaError as error:
         return units.empty(number, 0, (FRAMES,), f"{type(error).__name__}: {error}")
     wanted = np.array([sorted(job.folders).index(name) for name in arms], np.int32)
-    arrays = {FRAMES: out[: len(kept)]}
-    return units.block(number, 0, 0, np.array(kept, np.int64), arrays, datasets=wanted, failures=failures)
-
-
-def _failure(item: int, entry: dict[str, Any], reason: str, detail: str) -> dict[str, Any]:
-    return {"item": item, "video": entry["id"], "uri": entry["uri"], "reason": reason, "detail": detail}
+    return units.block(number, 0, 0, kept, {FRAMES: frames}, datasets=wanted, failures=failures)
 
 
 def _encode_block(table: pa.Table, job: _Job, device: str) -> pa.Table:

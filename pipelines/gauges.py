@@ -32,9 +32,12 @@ GAUGES = {
     "committed_step": ("committed_step", "Step of the newest committed checkpoint."),
 }
 """Key of a line of metrics -> (name, description)."""
-OF_DATASET = "loss/"
-"""What the keys of one dataset's loss begin with."""
-DATASET_LOSS = ("dataset_loss", "Loss of the last logged step's samples of a dataset.")
+LABELLED = {
+    "loss/": ("dataset_loss", "Loss of the last logged step's samples of a dataset.", "dataset"),
+    "probe/": ("probe", "Share of right answers of the probe beside the training, 0 to 1.", "question"),
+    "probe_random/": ("probe_random", "The same of random weights.", "question"),
+}
+"""Beginning of a key -> (name, description, label that takes the rest of the key)."""
 AGE = ("checkpoint_age_s", "Seconds since a checkpoint was last committed, or since the workers started.")
 COUNTERS = {
     "checkpoint_failures": ("Checkpoints that could not be written.", ()),
@@ -73,8 +76,10 @@ def publish(line: Mapping[str, Any]) -> None:
         if key in line:
             _gauge(name, description).set(float(line[key]), {"run": _now.run})
     for key, value in line.items():
-        if key.startswith(OF_DATASET):
-            _gauge(*DATASET_LOSS, labels=("dataset",)).set(float(value), {"run": _now.run, "dataset": key[len(OF_DATASET) :]})
+        beginning, slash, rest = key.partition("/")
+        if slash and beginning + slash in LABELLED:
+            name, description, label = LABELLED[beginning + slash]
+            _gauge(name, description, labels=(label,)).set(float(value), {"run": _now.run, label: rest})
     committed, failures = line.get("committed_step", 0), line.get("checkpoint_failures", 0)
     if committed != _now.committed:
         _now.committed, _now.since = committed, time.monotonic()

@@ -101,13 +101,19 @@ def pinned(config: PretrainConfig) -> PretrainConfig:
     """
     run_dir = storage.normalize(config.run.dir)
     before: dict[str, str] = {}
+    probed = None
     if run_folder.latest_checkpoint(run_dir) is not None:
-        before = {name: source.catalog for name, source in config_of(run_dir).sources.items()}
+        known = config_of(run_dir)
+        before, probed = {name: source.catalog for name, source in known.sources.items()}, known.probe.catalog
     versions = {name: _pin(source.catalog, before.get(name)) for name, source in config.sources.items()}
     init = storage.normalize(config.init) if config.init else None
+    probe = config.probe
+    if probe.every and probe.catalog:
+        probe = replace(probe, catalog=_pin(probe.catalog, probed))
     return replace(
         config.with_catalogs(versions),
         init=init,
+        probe=probe,
         run=replace(config.run, dir=run_dir),
         train=run_folder.resolved(config.train, run_dir),
     )
@@ -196,4 +202,11 @@ def _fit(config: PretrainConfig, reporter: Reporter) -> None:
     loop = Loop(partial(PretrainTask, config, data.groups), config.train, config.optim, config.run.dir, config.seed, told)
     if len(config.sources) > 1:
         loop = replace(loop, datasets=tuple(config.sources))
+    if config.probe.every:
+        import ray
+
+        from pipelines import online_probe
+
+        found = online_probe.prepare(config, reporter, whole=data.sources[0].table is not None)
+        loop = replace(loop, probe=None if found is None else (ray.put(found), config.probe.every))
     train.fit(loop, dataset, "pretrain", reporter, config)

@@ -20,6 +20,8 @@ from jepa_core.readout import Rows, Splits, linear_probe
 from jepa_core.sampling import centre_crop, clip_frames
 from pipelines import bench_probe, catalog, moving_digits, storage, trajectories
 from pipelines.bench_config import BenchConfig
+from pipelines.clip_items import failure
+from pipelines.clip_reader import why
 from pipelines.config import PretrainConfig
 from pipelines.errors import InputRefused
 from pipelines.progress import Reporter
@@ -50,6 +52,8 @@ class ProbeData(NamedTuple):
     patch_size: int
     labels: np.ndarray | None
     num_train: int
+    failures: tuple[dict[str, Any], ...] = ()
+    """A row, with its reason, for each video that was left out."""
 
 
 def load_data(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
@@ -167,24 +171,28 @@ def _video_thirds(probe: ProbeConfig, config: PretrainConfig) -> ProbeData:
     ref = catalog.parse_ref(uri)
     videos = catalog.read_videos(ref).slice(0, probe.max_items)
     halves: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    for entry in videos.to_pylist():
+    failures = []
+    for number, entry in enumerate(videos.to_pylist()):
         pts = catalog.frame_times(ref, entry)
         times = pts * entry["time_base_num"] / entry["time_base_den"]
         crop = centre_crop(entry["width"], entry["height"])
         third = len(pts) // 3
         if third < 1:
+            failures.append(failure(number, entry, "too_short", f"{len(pts)} frames have no thirds"))
             continue
         try:
             with storage.open_file(entry["uri"], offset=entry["offset"], size=entry["size"], etag=entry["etag"]) as file:
                 clips = [_clip(file, entry, pts[part], times[part], crop, config) for part in (slice(third), slice(-third, None))]
-        except VideoRefused:
+        except (VideoRefused, InputRefused) as error:
+            failures.append(failure(number, entry, *why(error)))
             continue  # a probe may leave a video out; training may not, and there it is a quarantine row
         for half, cut in zip(halves, clips, strict=True):
             half.append(cut)
     if len(halves[0]) < 2:
-        raise InputRefused(f"{uri}: the retrieval probe needs at least 2 readable videos, found {len(halves[0])}")
-    encoder = config.model.encoder
-    return ProbeData(np.stack(halves[0] + halves[1]), clip_grid(config.clip, encoder), encoder.patch_size, None, len(halves[0]))
+        left_out = "".join(f"; {row['uri']} ({row['reason']})" for row in failures[:3])
+        raise InputRefused(f"{uri}: the retrieval probe needs at least 2 readable videos, found {len(halves[0])}{left_out}")
+    encoder, pairs = config.model.encoder, np.stack(halves[0] + halves[1])
+    return ProbeData(pairs, clip_grid(config.clip, encoder), encoder.patch_size, None, len(halves[0]), tuple(failures))
 
 
 def _clip(file: Any, entry: dict[str, Any], pts: np.ndarray, times: np.ndarray, crop: Any, config: PretrainConfig) -> np.ndarray:

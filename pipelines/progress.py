@@ -21,6 +21,8 @@ PARTS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("eta_s", lambda value: f"ETA {duration(value)}"),
 )
 """The dashboard line of a training run: key of a line of metrics, and how it is shown. What a line does not have is left out."""
+PROBED = "probe/"
+"""What the keys of the probe beside a training begin with; shares of right answers."""
 SLOW = 1.5
 """From this many times the median worker's time on, the slowest worker is named."""
 SHOWN = "[bold]{task.description}[/bold] {task.completed:,.0f}/{task.total:,.0f}  {task.fields[note]}"
@@ -36,6 +38,7 @@ class Reporter:
         self._progress: Progress | None = None
         self._task: Any = None
         self._warned = ""
+        self._probed: dict[str, Any] = {}
 
     def start(self, stage: str, total: int, unit: str) -> None:
         """Begin a counted stage of `total` units (steps, videos, episodes)."""
@@ -64,10 +67,11 @@ class Reporter:
         if error and error != self._warned:
             self.event("warning", message=error)
         self._warned = error
+        self._probed |= {key: value for key, value in line.items() if key.startswith(PROBED)}
         if self._progress:
             # Only now, so that a run which still starts shows how long it takes.
             self._progress.columns = (TextColumn(SHOWN, table_column=Column(no_wrap=True, overflow="ellipsis")),)
-            self._progress.update(self._task, completed=line["step"], note=escape(dashboard(line)))
+            self._progress.update(self._task, completed=line["step"], note=escape(dashboard({**self._probed, **line})))
         elif not self.terminal:
             self.event("progress", done=line["step"], **line)
 
@@ -103,8 +107,11 @@ class Reporter:
 
 
 def dashboard(line: Mapping[str, Any]) -> str:
-    """A line of metrics in few words: loss, lr, speed, wait for data, MFU, goodput, ETA; and which worker holds up the others."""
+    """A line of metrics in few words: loss, lr, speed, wait for data, MFU, goodput, ETA, shares of the probe;
+    and which worker holds up the others.
+    """
     parts = [text(line[key]) for key, text in PARTS if key in line]
+    parts += [f"{key.removeprefix(PROBED)} {value:.0%}" for key, value in line.items() if key.startswith(PROBED)]
     if line.get("skew", 0) >= SLOW:
         parts.append(f"rank {line['slowest_rank']} {line['skew']:.1f}x slower")
     return "  ".join(parts)

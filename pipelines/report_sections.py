@@ -45,6 +45,10 @@ SPEED_CAPTION = "Throughput, and the share of each interval in which the trainin
 SCHEDULE_CAPTION = "Learning rate as scheduled, and the gradient norm. Spikes of the norm announce trouble earlier than the loss."
 
 
+PROBED = "What the target encoder knows of a small fixed set of clips: shares of right answers, beside those of random "\
+    "weights and of raw pixels. The set is small: single points move by chance."  # fmt: skip
+
+
 def build_section(run_dir: str, kind: str, config: Row) -> Section:
     """Read a run and lay out what the page says about it."""
     section = Section(run_dir, kind, config, PurePosixPath(run_dir).name)
@@ -110,6 +114,7 @@ def _pretrain_curves(section: Section, rows: list[Row]) -> None:
                    "mean. Below the second line something is learned; both at zero together is collapse.")  # fmt: skip
     _curves(group, rows, SKILL, SKILL_CAPTION)
     _curves(group, rows, HEALTH, HEALTH_CAPTION)
+    _probe(section, group, rows)
     _curves(group, rows, GRADIENTS, "Norms of the gradients before clipping.")
     section.notes += [f"The guard: {told}." for told in dict.fromkeys(row["guard"] for row in rows if row.get("guard"))]
     for note in run_folder.read_json(section.run_dir, run_folder.ROLLBACKS) or []:
@@ -117,6 +122,22 @@ def _pretrain_curves(section: Section, rows: list[Row]) -> None:
     _curves(group, rows, SPEED, SPEED_CAPTION)
     _curves(group, rows, SCHEDULE, SCHEDULE_CAPTION)
     section.groups.append(group)
+
+
+def _probe(section: Section, group: Group, rows: list[Row]) -> None:
+    """Curves of the probe beside the training, if there was one, and what it could not ask."""
+    names = dict.fromkeys(key.partition("/")[2] for row in rows for key in row if key.startswith("probe/"))
+    beside = (("probe_random/{}", "random weights", ORANGE), ("probe_pixels/{}", "pixels", MUTED))
+    panels = [
+        [Series(f"probe/{name}", name), *(Series(key.format(name), label, colour) for key, label, colour in beside)]
+        for name in names
+    ]
+    _curves(group, rows, panels, PROBED)
+    told = run_folder.read_json(section.run_dir, run_folder.PROBE) or {"left_out": [], "failures": {"count": 0}}
+    section.notes += [f"The probe: {note}." for note in told["left_out"]]
+    if count := told["failures"]["count"]:
+        reasons = ", ".join(f"{reason} {number}" for reason, number in told["failures"]["reasons"].items())
+        section.notes.append(f"The probe: {count} of its clips do not decode: {reasons}.")
 
 
 def _speed_cards(rows: list[Row]) -> list[Card]:

@@ -34,6 +34,10 @@ def sweep(section: Section) -> None:
     section.cards.append(Card("trials", str(len(rows)), f"{len(ranking)} mask settings"))
     section.notes += result["verdict"]
     section.notes += [_failure(row) for row in result["failures"]]
+    failures = (run_folder.read_json(section.run_dir, run_folder.PROBE) or {}).get("failures")
+    if failures:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in failures["reasons"].items())
+        section.notes.append(f"The probe leaves {failures['count']} videos out: {reasons}.")
     if result["missing"]:
         section.notes.append(f"Not there yet: {len(result['missing'])} trials; the command that began the sweep runs them.")
     group = Group("Ranking")

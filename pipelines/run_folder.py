@@ -6,6 +6,7 @@
     quarantine/       JSON lines: samples whose video failed to decode, the reason, and what replaced it
     ledger/           JSON lines: a digest of the samples of every unit of every step
     checkpoints/      step_*/{state/, *.safetensors, COMMIT}; a step counts only when its COMMIT stands
+    probe.json        what the probe beside the training asks, of which clips (online_probe.py)
     rollbacks.json    where the guard took the run back (train_guard.py)
     ray/              Ray Train's own notes
 
@@ -43,6 +44,7 @@ LEDGER = "ledger"
 DIGEST_BYTES = 1 << 22
 RESULT = "result.json"
 ROLLBACKS = "rollbacks.json"
+PROBE = "probe.json"
 FREE_TO_CHANGE = (
     *(
         "run",
@@ -61,6 +63,8 @@ FREE_TO_CHANGE = (
     *("train.peak_tflops", "train.trackers", "train.guard"),
     *("seeds", "concurrency", "cpus_per_trial", "gpus_per_trial", "require", "num_workers", "max_failures", "num_settings"),
     *("gpus", "max_gb", "max_failed"),
+    # The probe of a pretraining: no name of a sweep's probe, which decides the sweep's numbers, is among them.
+    *(f"probe.{name}" for name in ("every", "catalog", "labels", "format", "max_clips", "max_mb")),
 )
 """Options that a resumed run may change without becoming another run."""
 

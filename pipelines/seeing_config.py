@@ -8,7 +8,7 @@ from omegaconf import MISSING
 from jepa_core.config import LINEAR_GRID, AttentiveConfig, DecoderConfig, HeadGrid
 from pipelines.config import PretrainConfig, RayConfig, RunConfig
 from pipelines.errors import UsageError
-from pipelines.evaluate_config import CONTROLS, check_names, check_shared, models
+from pipelines.evaluate_config import CONTROLS, EvaluationConfig, VideoEvaluationConfig, check_names, models, require_models
 
 ARROW, SPEED, RETRIEVAL = "arrow", "speed", "retrieval"
 TASKS = (ARROW, SPEED, RETRIEVAL)
@@ -44,12 +44,9 @@ class FootageConfig:
 
 
 @dataclass(frozen=True)
-class LabelFreeConfig:
+class LabelFreeConfig(VideoEvaluationConfig):
     """jepa evaluate label-free: arrow of time, playback speed and instance retrieval on real footage, beside controls."""
 
-    model: Any = MISSING
-    """URI of a pretraining run or model folder; a list of several is taken as seeds of one training."""
-    catalog: str = MISSING
     footage: FootageConfig = field(default_factory=FootageConfig)
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     probes: list[str] = field(default_factory=lambda: list(READERS))
@@ -65,17 +62,10 @@ class LabelFreeConfig:
     controls: list[str] = field(default_factory=lambda: list(CONTROLS))
     seeds: int = 3
     """Of folds, probes and random weights; of several models, one for each."""
-    max_failed: float = 0.02
-    """Share of the clips that may fail to decode."""
-    max_gb: float = 64.0
-    concurrency: int = 2
-    gpus: float = 0.0
-    run: RunConfig = field(default_factory=RunConfig)
-    ray: RayConfig = field(default_factory=RayConfig)
 
     def check(self) -> None:
         """Options that cannot be meant."""
-        models(self.model)
+        super().check()
         self.footage.check()
         check_names("tasks", self.tasks, TASKS, least=1)
         check_names("probes", self.probes, READERS, least=1)
@@ -86,14 +76,12 @@ class LabelFreeConfig:
             raise UsageError(f"folds={self.folds}: one to test on, one to choose by and one to train on make 3")
         if self.attentive.num_queries != 1:
             raise UsageError(f"attentive.num_queries={self.attentive.num_queries}: a probe of one label has one query")
-        check_shared(self)
 
 
 @dataclass(frozen=True)
-class RobotEvaluationConfig:
+class RobotEvaluationConfig(EvaluationConfig):
     """jepa evaluate robot: where things are, read out of frozen features of a robot's frames by ridge regression."""
 
-    model: Any = MISSING
     trajectories: str = MISSING
     """DROID-raw folder, as `jepa record` writes it."""
     episodes: int = 0
@@ -103,26 +91,19 @@ class RobotEvaluationConfig:
     controls: list[str] = field(default_factory=lambda: list(CONTROLS))
     seeds: int = 3
     """Of random weights; of several models, one for each."""
-    concurrency: int = 2
-    gpus: float = 0.0
-    run: RunConfig = field(default_factory=RunConfig)
-    ray: RayConfig = field(default_factory=RayConfig)
 
     def check(self) -> None:
         """Options that cannot be meant."""
-        models(self.model)
+        super().check()
         check_names("controls", self.controls, CONTROLS)
         if self.frames_per_episode < 2 or min(self.episodes, self.crop_size) < 0:
             raise UsageError("frames_per_episode must be at least 2, episodes and crop_size not negative")
-        check_shared(self)
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(VideoEvaluationConfig):
     """jepa evaluate decode: pixels painted from frozen features by a small decoder, which shows what they keep."""
 
-    model: Any = MISSING
-    catalog: str = MISSING
     footage: FootageConfig = field(default_factory=FootageConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     held_out: float = 0.25
@@ -131,16 +112,10 @@ class DecodeConfig:
     """Of decoders and random weights; of several models, one for each."""
     shown: int = 6
     """Held-out clips on the contact sheet."""
-    max_failed: float = 0.02
-    max_gb: float = 64.0
-    concurrency: int = 2
-    gpus: float = 0.0
-    run: RunConfig = field(default_factory=RunConfig)
-    ray: RayConfig = field(default_factory=RayConfig)
 
     def check(self) -> None:
         """Options that cannot be meant."""
-        models(self.model)
+        super().check()
         self.footage.check()
         try:
             self.decoder.check()
@@ -150,7 +125,6 @@ class DecodeConfig:
             raise UsageError(f"held_out={self.held_out:g} must be a share between 0 and 1")
         if self.shown < 1:
             raise UsageError("shown must be at least 1")
-        check_shared(self)
 
 
 @dataclass(frozen=True)
@@ -174,6 +148,10 @@ class FeaturePicturesConfig:
         self.footage.check()
         if self.side < 32 or self.side % 2 or self.gpus < 0:
             raise UsageError(f"side={self.side} must be even and at least 32, gpus not negative")
+
+    def preflight(self) -> None:
+        """As of the other evaluations."""
+        require_models(models(self.model))
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def base_config(config: SweepConfig, uri: str) -> PretrainConfig:
     """The pretraining configuration that all trials share, checked; `uri` is the catalog."""
     steps = [f"train.steps={config.steps}"] if config.steps else []
     given = [*config.overrides, *steps, f"catalog={uri}", f"train.num_workers={config.num_workers}"]
-    base = load(PretrainConfig, "pretrain", [f"preset={config.base}", *given, f"run.dir={config.run.dir}"])
+    base = load(PretrainConfig, "pretrain", [f"preset={config.base}", "probe.every=0", *given, f"run.dir={config.run.dir}"])
     every = -(-base.train.steps // config.points)
     train = replace(base.train, checkpoint_every=every, keep_checkpoints=config.points + 1)
     return replace(base, train=train, ray=config.ray)
@@ -161,14 +161,20 @@ class _Sweep:
 
     def _data(self) -> Any:
         """What the probe reads. Generates and ingests the digits where the probe is of them."""
-        from pipelines import probe
+        from pipelines import evaluate_arms, probe
 
         if self.config.probe.kind == "digits":
             found = probe.digits(self.config.probe, self.base, self.run_dir, self.reporter)
             if not self.config.catalog:
                 self.base = self.base.with_catalogs({"catalog": found.catalogs["pretrain"]})
             return found.clips
-        return probe.load_data(self.config.probe, self.base)
+        data = probe.load_data(self.config.probe, self.base)
+        if data.failures:
+            told = evaluate_arms.failures_told(data.failures)
+            run_folder.write_json(self.run_dir, run_folder.PROBE, {"failures": told})
+            reasons = ", ".join(f"{reason} {count}" for reason, count in told["reasons"].items())
+            self.reporter.event("warning", message=f"probe: {told['count']} videos are left out: {reasons}")
+        return data
 
     def _controls(self, data: Any) -> None:
         from pipelines import probe

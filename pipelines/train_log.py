@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from pipelines.train_state import Progress, Saver
     from pipelines.train_worker import Loop, StepResult
 
+PROBE_SECONDS = "probe_s"
+"""Key of what a measurement of the probe beside the training took."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -60,6 +63,10 @@ class TrainLog:
         self.since, self.steps, self.flops = time.monotonic(), 0, 0.0
         self.waits = [0.0] * self.world
         self.forwards = [0.0] * self.world
+
+    def pause(self, seconds: float) -> None:
+        """So much of the interval was not training."""
+        self.since += seconds
 
     def step(
         self, progress: "Progress", result: "StepResult", decision: "Decision", numbers: dict[str, Any], saver: "Saver"
@@ -147,6 +154,9 @@ class TrainLog:
         }
         if saver.error:
             line["checkpoint_error"] = str(saver.error)
+        if PROBE_SECONDS in line:
+            steps = max(self.loop.probe[1], train.log_every)
+            line["probe_cost"] = line[PROBE_SECONDS] / (line["step_s"] * steps)
         if self.peak and self.flops:
             line["mfu"] = self.flops / seconds / (self.peak * 1e12)
         return line

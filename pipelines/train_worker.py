@@ -26,7 +26,7 @@ from jepa_core.canonical import CanonicalGradients
 from jepa_core.config import OptimConfig
 from jepa_core.guard import Alarm
 from jepa_core.health import CLIPS, SAMPLE_LOSS
-from jepa_core.optimization import autocast, compile_blocks, make_optimizer, set_rates, shard
+from jepa_core.optimization import PRECISIONS, autocast, compile_blocks, make_optimizer, set_rates, shard
 from jepa_core.schedules import learning_rate, weight_decay
 from pipelines import run_folder, train_guard
 from pipelines.config import TrainConfig
@@ -39,7 +39,6 @@ from pipelines.units import FILLER, Span, Unit, unit_of
 
 # Batches are read from shared memory without a copy, and never written.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Task(Protocol):
@@ -86,6 +85,8 @@ class Loop:
     sink: Any = None
     datasets: tuple[str, ...] = ()
     """Names of the datasets that samples come from, in the order of Unit.datasets, where losses are told for each."""
+    probe: tuple[Any, int] | None = None
+    """(Ray's reference to an online_probe.ProbeSet, steps between measurements), where one watches the training."""
 
 
 @dataclass
@@ -138,6 +139,7 @@ class _Worker:
         torch.manual_seed(loop.seed)  # the same initial weights on every rank
         self.task: Task = loop.make_task(device)
         module = self.task.module
+        self.probe = self._probe(module)
         if self.world > 1 and loop.train.parallel == "fsdp":
             shard(module, init_device_mesh(device.type, (self.world,)))
         self.state = TrainState(module, make_optimizer([module], loop.optim))
@@ -152,6 +154,14 @@ class _Worker:
         elif self.world > 1 and loop.train.parallel == "ddp":
             self.model = DistributedDataParallel(module, find_unused_parameters=self.task.leaves_unused)
         self.log = TrainLog(loop, self.rank, self.world, self.state.progress, device)
+
+    def _probe(self, module: nn.Module) -> Any:
+        if self.loop.probe is None:
+            return None
+        from pipelines.train_probe import OnlineProbe
+
+        found, every = self.loop.probe
+        return OnlineProbe(ray.get(found), every, self.loop.train, self.control, module, self.device)
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint:
@@ -183,6 +193,10 @@ class _Worker:
             progress.step += 1
             progress.useful_s += max(0.0, time.monotonic() - began - result.waited)
             numbers |= result.numbers
+            if self.probe is not None and self.probe.due(progress.step):
+                began = time.monotonic()
+                numbers |= self.probe.measure(self.task.module)
+                self.log.pause(time.monotonic() - began)
             alarm = self.log.step(progress, result, decision, numbers, self.saver)
             if ending := self._guarded(alarm):
                 return ending

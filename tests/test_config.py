@@ -103,14 +103,16 @@ def test_help_dry_run_and_mistakes_import_neither_torch_nor_ray():
     code = (
         "import sys; from pipelines.cli import main; "
         "codes = [main(['--help']), main(['pretrain', '--help']), main(['pretrain', 'x.y=1']), "
-        "main(['ingest', 'source=a', 'catalog=b', '--dry-run'])]; "
+        "main(['ingest', 'source=a', 'catalog=b', '--dry-run']), "
+        "main(['evaluate', 'label-free', 'model=/nowhere', 'catalog=/nor/here', 'run.dir=r'])]; "
         "heavy = {'torch', 'ray', 'av', 'pyarrow', 'boto3'} & set(sys.modules); print(codes, heavy); sys.exit(bool(heavy))"
     )
     before = os.times()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     after = os.times()
     assert result.returncode == 0, result.stdout[-200:] + result.stderr
-    assert result.stdout.splitlines()[-1].startswith("[0, 0, 2, 0]")
+    assert result.stdout.splitlines()[-1].startswith("[0, 0, 2, 0, 3]")
+    assert "model=/nowhere is no run" in result.stderr.splitlines()[-1], "before the catalog is looked at"
     # Of the processor: by the clock it takes as long as the tests beside it leave it.
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2
 

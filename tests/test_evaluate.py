@@ -202,6 +202,7 @@ def test_every_probe_reads_what_every_arm_shows_and_nothing_is_done_twice(world,
     assert {(line["probe"], line["second"]) for line in result["differences"]} == {
         (column, arm) for column in columns for arm in ("random", "pixels", "frame_difference")
     }
+    assert (world / "run" / "attention.png").stat().st_size > 10_000
     made = model_folder.read(f"{world}/run/model")
     assert made.parts[PROBE]["linear.weight"].shape == (3, 32)
     assert made.source["classes"] == result["classes"]
@@ -212,7 +213,7 @@ def test_every_probe_reads_what_every_arm_shows_and_nothing_is_done_twice(world,
     page = report.run(ReportConfig(f"{world}/run"), reporter)
     text = Path(page["report"]).read_text()
     assert page["sections"] == ["evaluate"]
-    assert text.count("data:image/png") == 2
+    assert text.count("data:image/png") == 3
     assert "attentive 50%" in text
 
     units = sorted((world / "run" / "results").glob("*.json"))

@@ -7,7 +7,7 @@ from clip_files import catalogued, encoded, sequential
 
 from jepa_core.config import ClipConfig, EncoderConfig
 from jepa_core.encoder import VisionTransformer, clip_grid
-from pipelines import catalog, clip_reader, features, storage
+from pipelines import catalog, clip_items, clip_reader, features, storage
 from pipelines.errors import InputRefused
 from pipelines.features import Arm, Item
 from pipelines.video import Scaler, VideoRefused, tubelets
@@ -26,7 +26,7 @@ def test_exact_times_in_any_order_give_the_frames_of_a_sequential_decode(tmp_pat
     frames, pts = sequential(data, row["stream"]), catalog.frame_times(ref, row)
     for order in (pts[5:9], pts[5:9][::-1], pts[[30, 2, 2, 17]], pts[[0]], pts[[39]]):
         for view in range(3):
-            crop = features.square_crop(96, 64, view, 3)
+            crop = clip_items.square_crop(96, 64, view, 3)
             got = out(len(order), 32)
             clip_reader.read_frames(ref, row, order, crop, got)
             scaler = Scaler(crop, 32, row["rotation"], (96, 64))
@@ -40,15 +40,15 @@ def test_a_time_that_is_no_frames_is_refused(tmp_path, shift):
     pts = catalog.frame_times(ref, row)[2:6].copy()
     pts[1] += shift
     with pytest.raises(VideoRefused, match="frames_missing"):
-        clip_reader.read_frames(ref, row, pts, features.square_crop(96, 64, 0, 1), out(4, 32))
+        clip_reader.read_frames(ref, row, pts, clip_items.square_crop(96, 64, 0, 1), out(4, 32))
 
 
 @pytest.mark.parametrize(("width", "height"), [(96, 64), (64, 96), (64, 64)])
 def test_views_lie_along_the_longer_side(width, height):
-    boxes = [features.square_crop(width, height, view, 3) for view in range(3)]
+    boxes = [clip_items.square_crop(width, height, view, 3) for view in range(3)]
     assert {(box.width, box.height) for box in boxes} == {(64, 64)}
     assert [max(box.x, box.y) for box in boxes] == [0, (max(width, height) - 64) // 2, max(width, height) - 64]
-    assert features.square_crop(width, height, 0, 1) == boxes[1]
+    assert clip_items.square_crop(width, height, 0, 1) == boxes[1]
 
 
 def test_what_an_arm_gives_and_what_names_it():
@@ -96,7 +96,7 @@ def test_features_are_cached_by_block_and_arm_and_failures_are_rows(catalog_uri,
     assert found.kept.tolist() == [0, 1, 2, 4, 5]
     assert [(row["item"], row["video"], row["reason"]) for row in found.failures] == [(3, items[3].video, "frames_missing")]
     frames = out(4, 32)
-    clip_reader.read_frames(ref, rows[2], items[4].pts, features.square_crop(96, 64, 0, 1), frames)
+    clip_reader.read_frames(ref, rows[2], items[4].pts, clip_items.square_crop(96, 64, 0, 1), frames)
     for name, arm in arms.items():
         assert found.x[name].dtype == torch.float16
         torch.testing.assert_close(found.x[name][3:4], features.encode(arm, frames[None, :, 0, 0, 0], "tokens"))

@@ -17,6 +17,7 @@ from jepa_core.readout import (
     Choice,
     Rows,
     Splits,
+    _head_bytes,
     attentive_probe,
     best_choice,
     check_splits,
@@ -185,6 +186,22 @@ def test_an_attentive_probe_finds_the_token_that_tells_and_exports_it():
     model = AttentiveClassifier(replace(SMALL, num_classes=4), 16)
     model.load_state_dict(state)
     assert top_k_accuracy(model(data.test.x), data.test.labels) == readout.test
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4])
+def test_a_grid_that_is_too_large_is_trained_in_parts_with_the_same_heads(heads, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    rows = [Rows(torch.randn(24, 5, 12, generator=generator), torch.arange(24) % 3) for _ in range(3)]
+    splits, config = Splits(*rows, ["a", "b", "c"]), AttentiveConfig(depth=1, heads=2)
+    grid = HeadGrid((3e-2, 3e-3), (0.01, 0.1, 0.5), epochs=3, batch_size=8)
+    whole, state = attentive_probe(splits, config, grid)
+    monkeypatch.setattr("jepa_core.readout.HEADS_BYTES", heads * _head_bytes(config, 12, 3))
+    parts, same = attentive_probe(splits, config, grid)
+    assert [choice.settings for choice in parts.table] == [choice.settings for choice in whole.table]
+    assert parts.chosen.settings == whole.chosen.settings
+    assert parts.predicted == whole.predicted
+    for name, value in state.items():
+        torch.testing.assert_close(same[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_held_out_views_are_averaged_after_the_softmax():

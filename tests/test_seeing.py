@@ -128,8 +128,13 @@ def test_the_map_is_bright_where_the_probe_found_the_answer():
     assert len(np.unique(even.reshape(-1, 3), axis=0)) == 1
     png = attention_maps.draw(state, PROBE, test.x[:2], frames, GRID, ["one", "two"])
     assert Image.open(io.BytesIO(png)).size[0] >= 640
-    with pytest.raises(ValueError, match="draw clips one by one"):
-        attention_maps.draw(state, PROBE, test.x[:1].repeat(1, 2, 1), frames[:1], GRID, ["two clips"])
+    twice, film = test.x[:1].repeat(1, 2, 1), frames[:1]
+    two = attention_maps.draw(state, PROBE, twice, film.repeat(2, axis=1), GRID, ["two clips"])
+    assert Image.open(io.BytesIO(two)).size[0] > Image.open(io.BytesIO(png)).size[0], "their frames side by side"
+    outputs = attention_maps.draw(state, PROBE, twice, film, GRID, ["one"], blocks=2)
+    assert outputs == attention_maps.draw(state, PROBE, test.x[:1], film, GRID, ["one"]), "of two equal outputs, summed"
+    with pytest.raises(ValueError, match="17 tokens and 4 frames"):
+        attention_maps.draw(state, PROBE, test.x[:1, 1:], film, GRID, ["a part"])
     deep = AttentiveClassifier(replace(PROBE, depth=3), 16)
     assert deep.pooler.attention(test.x).shape == (20, 2, 1, 18)
 
