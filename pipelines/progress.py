@@ -24,7 +24,7 @@ PARTS: tuple[tuple[str, Callable[[Any], str]], ...] = (
 PROBED = "probe/"
 """What the keys of the probe beside a training begin with; shares of right answers."""
 SLOW = 1.5
-"""From this many times the median worker's time on, the slowest worker is named."""
+"""From this many times the median of the other workers on, the slowest worker is named."""
 SHOWN = "[bold]{task.description}[/bold] {task.completed:,.0f}/{task.total:,.0f}  {task.fields[note]}"
 
 
