@@ -18,6 +18,7 @@ from pipelines import ledger_config as ledger_schema
 from pipelines import presets
 from pipelines import seeing_config as seeing_schema
 from pipelines import sweep_config as sweep_schema
+from pipelines import trajectories_config as trajectories_schema
 from pipelines.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, JepaError, UsageError
 from pipelines.progress import Reporter
 
@@ -162,6 +163,21 @@ VERBS = {
         "what a pretraining preset hides of real clips, before training",
         ("catalog",),
         ("run.dir",),
+    ),
+    "ingest trajectories": Verb(
+        trajectories_schema.TrajectoriesConfig,
+        "pipelines.ingest_trajectories",
+        "episodes of robots (DROID raw, RLDS, LeRobot v3) into a catalog",
+        ("source",),
+        ("catalog",),
+    ),
+    "export": Verb(
+        trajectories_schema.ExportConfig,
+        "pipelines.export",
+        "trajectories as a LeRobot v3 dataset, or for rerun",
+        ("trajectories",),
+        ("out",),
+        ("format",),
     ),
     "demo": Verb(schema.DemoConfig, "pipelines.demo", "all of the above at toy scale", ("source",), ("dir",)),
 }
