@@ -214,7 +214,7 @@ def _fit(config: PostTrainConfig, source: PretrainConfig, reporter: Reporter) ->
     index = trajectories.load_index(config.run.dir)
     if index is None:
         span = (config.num_frames - 1) / config.fps
-        index = trajectories.index_episodes(config.trajectories, config.time_base, span)
+        index = trajectories.index_episodes(config.trajectories, config.time_base, span, config.episodes)
         trajectories.save_index(index, config.run.dir)
     episodes, _ = split_episodes(trajectories.usable(index), config.holdout)
     size = source.clip.crop_size

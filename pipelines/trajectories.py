@@ -20,6 +20,7 @@ from jepa_core.sampling import Crop, Stream, centre_crop, clip_frames, generator
 from pipelines import catalog, storage, trajectories_layouts, units
 from pipelines.config import DataConfig
 from pipelines.errors import InputRefused, UsageError
+from pipelines.robot import droid_episodes
 from pipelines.robot.recording import Reading
 from pipelines.trajectories_config import EpisodeChoice, MappingConfig
 from pipelines.trajectories_schema import TRAJECTORIES, TRAJECTORY_SCHEMA
@@ -142,7 +143,8 @@ def read_frames(episodes: pa.Table, row: int, frames: np.ndarray, size: int) -> 
     crop, pts = _crop(episodes, row), episodes["pts"][row].values.to_numpy()[frames]
     sizes = episodes["sizes"][row] if "sizes" in episodes.column_names else None
     if sizes is not None and sizes.is_valid:
-        images = _decode_jpegs(uri, etag, pts, sizes.values.to_numpy()[frames], crop, size)
+        pictures = open_jpegs(uri, etag, pts, sizes.values.to_numpy()[frames])
+        images = np.stack([scale_image(picture, crop, size).copy() for picture in pictures])
     else:
         with storage.open_file(uri, etag=etag or None) as file:
             images = decode_clip(file, stream, pts, crop, size)
@@ -179,7 +181,8 @@ def _decode_unit(
 def _read_folder(root: str, time_base: str, camera: str) -> pa.Table:
     layout = trajectories_layouts.detect(root)
     reading = Reading(time_base, MappingConfig(), 15.0)
-    cameras = () if camera == ALL else (camera or PREFERRED[0],) if layout == "droid_raw" else (camera,) if camera else ()
+    one = camera or PREFERRED[0]  # of DROID's three videos only the wanted one is probed
+    cameras = (one,) if layout == "droid_raw" and one in droid_episodes.CAMERAS else ()
     found = list(trajectories_layouts.read(trajectories_layouts.items(root, layout, reading), layout, reading, cameras))
     return pa.concat_tables(found)
 
@@ -232,17 +235,20 @@ def _crop(episodes: pa.Table, row: int) -> Crop:
     return centre_crop(*size, REFERENCE_RATIO) if _header_rate(episodes, row) else centre_crop(*size)
 
 
-def _decode_jpegs(uri: str, etag: str, starts: np.ndarray, sizes: np.ndarray, crop: Crop, size: int) -> np.ndarray:
-    """Pictures of a shard, by one ranged read of all that lies between the first and the last of them: uint8 [T, S, S, 3]."""
+def open_jpegs(uri: str, etag: str, starts: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """Pictures uint8 [H, W, 3] of a shard, by one ranged read of all that lies between the first and the last of them.
+
+    `starts` and `sizes` int64 [T] as in the index. Raises VideoRefused for what does not decode.
+    """
     first = int(starts.min())
     data = storage.read_range(uri, first, int((starts + sizes).max()), etag or None)
-    images = {}
+    found: dict[int, np.ndarray] = {}
     for start, count in zip(starts.tolist(), sizes.tolist(), strict=True):
-        if start in images:
+        if start in found:
             continue
         try:
             with Image.open(io.BytesIO(data[start - first : start - first + count]), formats=("JPEG", "PNG")) as picture:
-                images[start] = scale_image(np.asarray(picture.convert("RGB")), crop, size).copy()
+                found[start] = np.asarray(picture.convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:
             raise VideoRefused("undecodable", f"the picture at byte {start}: {error}") from error
-    return np.stack([images[start] for start in starts.tolist()])
+    return [found[start] for start in starts.tolist()]

@@ -53,7 +53,7 @@ def write_droid(root: Path, count: int = 40, seed: int = 0, *, success: bool = T
                 "right_mp4_path": f"{relative}/recordings/MP4/{SERIALS['ext2']}.mp4"}  # fmt: skip
     for number, (role, serial) in enumerate(SERIALS.items()):
         (videos / f"{serial}.mp4").write_bytes(
-            encode(pictures(count - lost, seed + number), rate=header_fps, options={"bf": "0"})
+            encode(pictures(count - lost, seed + number), rate=header_fps, options={"bf": "0", "crf": "8"})
         )
         metadata[f"{role}_cam_serial"] = serial
         metadata[f"{role}_mp4_path"] = f"{relative}/recordings/MP4/{serial}.mp4"
