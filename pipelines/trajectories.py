@@ -241,7 +241,9 @@ def open_jpegs(uri: str, etag: str, starts: np.ndarray, sizes: np.ndarray) -> li
     `starts` and `sizes` int64 [T] as in the index. Raises VideoRefused for what does not decode.
     """
     first = int(starts.min())
-    data = storage.read_range(uri, first, int((starts + sizes).max()), etag or None)
+    data = storage.read_range(
+        uri, first, int((starts + sizes).max()), etag or None, verify=False
+    )  # as packets are: clip_reader.py
     found: dict[int, np.ndarray] = {}
     for start, count in zip(starts.tolist(), sizes.tolist(), strict=True):
         if start in found:

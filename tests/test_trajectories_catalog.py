@@ -9,9 +9,10 @@ import pytest
 import robot_files as files
 from test_trajectories import droid_columns
 
-from pipelines import catalog, export, ingest_trajectories, presets, trajectories
+from pipelines import catalog, export, ingest_trajectories, presets, trajectories, units
 from pipelines.catalog_schema import RUNS, CatalogRef
 from pipelines.errors import InputRefused, UsageError
+from pipelines.train_config import DataConfig
 from pipelines.trajectories_config import EpisodeChoice, ExportConfig, TrajectoriesConfig
 from pipelines.trajectories_schema import TRAJECTORIES
 
@@ -127,6 +128,21 @@ def test_folders_of_every_layout_are_indexed_into_a_run(sources, ray_session, tm
             np.testing.assert_array_equal(states, expected.astype(np.float32))
     with pytest.raises(UsageError, match="choose one of exterior_1, exterior_2, wrist, or all"):
         trajectories.index_episodes(f"{sources}/rlds", "physical", 1.0, EpisodeChoice(camera="left"))
+
+
+def test_training_reads_jpegs_by_units(sources, ray_session):
+    index = trajectories.index_episodes(f"{sources}/rlds", "physical", 0.5)
+    drawn = trajectories.trajectory_dataset(index, 3, 4.0, 32, 7, 4, 2, 0, 1, 0, DataConfig(decode_tasks=2))
+    found = [units.unit_of(batch) for batch in drawn.iter_batches(batch_size=1, batch_format="pyarrow")]
+    assert [unit.samples.tolist() for unit in found] == [[0, 1], [2, 3]]
+    for unit in found:
+        states = unit.array(trajectories.STATES, np.float32, (2, 3, 7))
+        patches = unit.array(trajectories.PATCHES, np.uint8, (2, 3 * 4, 768))
+        for place, n in enumerate(unit.samples.tolist()):
+            row, frames = trajectories.sample_trajectory(index, n, 3, 4.0, 7)
+            images, expected = trajectories.read_frames(index, row, frames, 32)
+            np.testing.assert_array_equal(states[place], expected)
+            assert patches[place].mean() == pytest.approx(images.mean())
 
 
 def test_an_index_of_before_the_table_is_still_read(sources, ray_session):
