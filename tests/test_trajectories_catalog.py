@@ -9,7 +9,7 @@ import pytest
 import robot_files as files
 from test_trajectories import droid_columns
 
-from pipelines import catalog, export, ingest_trajectories, presets, trajectories, units
+from pipelines import catalog, catalog_verb, export, ingest_trajectories, presets, trajectories, units
 from pipelines.catalog_schema import RUNS, CatalogRef
 from pipelines.errors import InputRefused, UsageError
 from pipelines.train_config import DataConfig
@@ -58,6 +58,8 @@ def test_ingest_every_layout_once(sources, ray_session, reporter, tmp_path):
     assert set(pinned["layout"].to_pylist()) == {"droid_raw"}
     with pytest.raises(InputRefused, match="no usable episode"):
         trajectories.index_episodes(uri, "physical", 60.0, EpisodeChoice(camera="left"))
+    shown = catalog_verb.show(CatalogRef(uri, None), reporter)
+    assert (shown["trajectories"], shown["trajectories_refused"]) == (31, 0)
     assert catalog.compact(CatalogRef(uri, None))["files_removed"] > 0
     assert len(rows(uri)) == 31
 
