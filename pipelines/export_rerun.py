@@ -58,3 +58,4 @@ def _write_episode(config: ExportConfig, episode: Episode, path: str) -> None:
             stream.log(f"state/{name}", rr.Scalars(state[axis]))
             stream.log(f"action/{name}", rr.Scalars(actions[step, axis]))
     stream.flush()
+    stream.disconnect()

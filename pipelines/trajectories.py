@@ -48,6 +48,7 @@ def index_episodes(root: str, time_base: str, min_seconds: float, choice: Episod
     """
     choice = choice or EpisodeChoice()
     ref = catalog.parse_ref(root)
+    storage.check_bucket(ref.uri)
     if catalog.has_trajectories(ref.uri):
         wanted = catalog.STANDS & (pc.field("time_base") == time_base)
         table = catalog.read(ref, TRAJECTORIES, None, wanted)
