@@ -185,7 +185,7 @@ def _read_folder(root: str, time_base: str, camera: str) -> pa.Table:
     one = camera or PREFERRED[0]  # of DROID's three videos only the wanted one is probed
     cameras = (one,) if layout == "droid_raw" and one in droid_episodes.CAMERAS else ()
     found = list(trajectories_layouts.read(trajectories_layouts.items(root, layout, reading), layout, reading, cameras))
-    return pa.concat_tables(found)
+    return pa.concat_tables([TRAJECTORY_SCHEMA.empty_table(), *found])
 
 
 def _chosen(table: pa.Table, choice: EpisodeChoice) -> pa.Table:
