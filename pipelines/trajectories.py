@@ -132,14 +132,16 @@ def header_frames(count: int, rate: float, num_frames: int, fps: float, u: float
     return np.minimum(start + step * np.arange(num_frames), count - 1)
 
 
-def read_frames(episodes: pa.Table, row: int, frames: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Frames uint8 [T, S, S, 3] and states float32 [T, 7] of an episode.
+def read_frames(
+    episodes: pa.Table, row: int, frames: np.ndarray, size: int, box: Crop | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames uint8 [T, S, S, 3] and states float32 [T, 7] of an episode; `box` is cut out of them where it is given.
 
     The largest centred square, scaled; with a header's time base the reference's crop, which squeezes a wide picture a little.
     Raises VideoRefused for pictures that do not decode, InputRefused for a file that has changed since.
     """
     uri, stream, etag = (episodes[name][row].as_py() if name in episodes.column_names else "" for name in _READ)
-    crop, pts = _crop(episodes, row), episodes["pts"][row].values.to_numpy()[frames]
+    crop, pts = box or _crop(episodes, row), episodes["pts"][row].values.to_numpy()[frames]
     sizes = episodes["sizes"][row] if "sizes" in episodes.column_names else None
     if sizes is not None and sizes.is_valid:
         images = _decode_jpegs(uri, etag, pts, sizes.values.to_numpy()[frames], crop, size)
