@@ -15,6 +15,7 @@ from pipelines import config as schema
 from pipelines import evaluate_config as evaluate_schema
 from pipelines import ingest_config as ingest_schema
 from pipelines import ledger_config as ledger_schema
+from pipelines import offline_config as offline_schema
 from pipelines import presets
 from pipelines import seeing_config as seeing_schema
 from pipelines import sweep_config as sweep_schema
@@ -178,6 +179,27 @@ VERBS = {
         ("trajectories",),
         ("out",),
         ("format",),
+    ),
+    "evaluate rollout": Verb(
+        offline_schema.RolloutEvaluationConfig,
+        "pipelines.evaluate_rollout",
+        "a world model's error against horizon, and the frames that it means",
+        ("model", "trajectories"),
+        ("run.dir",),
+    ),
+    "evaluate energy": Verb(
+        offline_schema.EnergyConfig,
+        "pipelines.evaluate_energy",
+        "a world model's energy over a grid of actions around the recorded one",
+        ("model", "trajectories"),
+        ("run.dir",),
+    ),
+    "evaluate action-score": Verb(
+        offline_schema.ActionScoreConfig,
+        "pipelines.evaluate_action_score",
+        "planned against recorded actions on held-out episodes",
+        ("model", "trajectories"),
+        ("run.dir",),
     ),
     "demo": Verb(schema.DemoConfig, "pipelines.demo", "all of the above at toy scale", ("source",), ("dir",)),
 }

@@ -1,6 +1,6 @@
-"""Robot trajectories as training data: choose episodes from a catalog, or index a folder of them once; then clips on Ray Data.
+"""Robot trajectories as training data: choose episodes from a catalog, or index a folder of them once; then read clips of them.
 
-Legend: B clips of a unit, T frames of a clip, P patches of a frame, F frames of an episode.
+Legend: T frames of a clip, S side of a frame in pixels, F frames of an episode.
 """
 
 import io
@@ -11,25 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
-import ray.data
 from PIL import Image
 
 from jepa_core.order import permuted
 from jepa_core.sampling import Crop, Stream, centre_crop, clip_frames, generator
-from pipelines import catalog, storage, trajectories_layouts, units
-from pipelines.config import DataConfig
+from pipelines import catalog, storage, trajectories_layouts
 from pipelines.errors import InputRefused, UsageError
 from pipelines.robot import droid_episodes
 from pipelines.robot.recording import Reading
 from pipelines.trajectories_config import EpisodeChoice, MappingConfig
 from pipelines.trajectories_schema import TRAJECTORIES, TRAJECTORY_SCHEMA
-from pipelines.video import VideoRefused, decode_clip, frame_patches, scale_image
+from pipelines.video import VideoRefused, decode_clip, scale_image
 
-PATCHES = "patches"
-"""uint8 [B, T*P, 768]: still frames, which the encoder doubles in time."""
-STATES = "states"
-"""float32 [B, T, 7]: xyz metres, extrinsic xyz Euler radians, gripper closedness."""
 INDEX = "trajectories.parquet"
 ALL = "all"
 PREFERRED = ("left", "exterior_1")
@@ -82,33 +75,6 @@ def load_index(run_dir: str) -> pa.Table | None:
     return pq.read_table(pa.BufferReader(storage.read_bytes(uri))) if storage.exists(uri) else None
 
 
-def trajectory_dataset(
-    episodes: pa.Table,
-    num_frames: int,
-    fps: float,
-    size: int,
-    seed: int,
-    batch_size: int,
-    microbatches: int,
-    first_step: int,
-    steps: int,
-    fillers: int,
-    data: DataConfig,
-) -> ray.data.Dataset:
-    """Decoded clips with states, as units of steps first_step to steps - 1; `episodes` are usable rows."""
-    samples = batch_size // microbatches
-    arguments = {
-        "episodes": ray.put(episodes),
-        "num_frames": num_frames,
-        "fps": fps,
-        "size": size,
-        "seed": seed,
-        "samples": samples,
-    }
-    recipe = units.Recipe(_plan_unit, _decode_unit, arguments, (PATCHES, STATES), samples * num_frames * size**2 * 3, samples)
-    return units.dataset(recipe, units.Span(first_step, steps, microbatches), fillers, data)
-
-
 def sample_trajectory(episodes: pa.Table, n: int, num_frames: int, fps: float, seed: int) -> tuple[int, np.ndarray]:
     """(episode row, frame indices int64 [T]) of sample n: a fresh permutation per epoch, a start drawn uniformly.
 
@@ -134,14 +100,16 @@ def header_frames(count: int, rate: float, num_frames: int, fps: float, u: float
     return np.minimum(start + step * np.arange(num_frames), count - 1)
 
 
-def read_frames(episodes: pa.Table, row: int, frames: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Frames uint8 [T, S, S, 3] and states float32 [T, 7] of an episode.
+def read_frames(
+    episodes: pa.Table, row: int, frames: np.ndarray, size: int, box: Crop | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames uint8 [T, S, S, 3] and states float32 [T, 7] of an episode; `box` is cut out of them where it is given.
 
     The largest centred square, scaled; with a header's time base the reference's crop, which squeezes a wide picture a little.
     Raises VideoRefused for pictures that do not decode, InputRefused for a file that has changed since.
     """
     uri, stream, etag = (episodes[name][row].as_py() if name in episodes.column_names else "" for name in _READ)
-    crop, pts = _crop(episodes, row), episodes["pts"][row].values.to_numpy()[frames]
+    crop, pts = box or _crop(episodes, row), episodes["pts"][row].values.to_numpy()[frames]
     sizes = episodes["sizes"][row] if "sizes" in episodes.column_names else None
     if sizes is not None and sizes.is_valid:
         pictures = open_jpegs(uri, etag, pts, sizes.values.to_numpy()[frames])
@@ -150,33 +118,6 @@ def read_frames(episodes: pa.Table, row: int, frames: np.ndarray, size: int) -> 
         with storage.open_file(uri, etag=etag or None) as file:
             images = decode_clip(file, stream, pts, crop, size)
     return images, episodes["states"][row].values.to_numpy().reshape(-1, 7)[frames].astype(np.float32)
-
-
-def _plan_unit(number: int, **_: Any) -> dict[str, pa.Buffer]:
-    """A unit is decoded from its number alone: every task has all episodes."""
-    return {}
-
-
-def _decode_unit(
-    number: int, step: int, planned: dict[str, pa.Buffer], episodes: Any, num_frames: int, fps: float, size: int, seed: int,
-    samples: int,
-) -> pa.Table:  # fmt: skip
-    table = ray.get(episodes)
-    drawn = np.arange(number * samples, (number + 1) * samples)
-    patches, states, uris = [], [], []
-    for n in drawn.tolist():
-        row, frames = sample_trajectory(table, n, num_frames, fps, seed)
-        uris.append(table["uri"][row].as_py())
-        try:
-            images, state = read_frames(table, row, frames, size)
-        except (VideoRefused, storage.ObjectChanged) as refusal:  # the index decoded a frame of it: the file has changed since
-            raise InputRefused(
-                f"{table['video_uri'][row].as_py()}: {refusal}; index the episodes again in a new run"
-            ) from refusal
-        patches.append(frame_patches(images))
-        states.append(state)
-    arrays = {PATCHES: np.stack(patches), STATES: np.stack(states)}
-    return units.block(number, step, 0, drawn, arrays, digest=units.digest(drawn, uris))
 
 
 def _read_folder(root: str, time_base: str, camera: str) -> pa.Table:
