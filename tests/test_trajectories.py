@@ -371,6 +371,22 @@ def test_a_record_is_streamed_with_the_memory_of_one():
     assert max(reads) == 1004
 
 
+def test_training_reads_jpegs_by_units(tmp_path):
+    from pipelines import post_train_data, units
+
+    files.write_rlds(tmp_path, [[files.rlds_episode(20, seed) for seed in range(2)]])
+    table = trajectories._chosen(read(tmp_path), EpisodeChoice())
+    clips = post_train_data.Clips(3, 4.0, 7, "any", "auto", 32, 16)
+    names = (post_train_data.PATCHES, post_train_data.STATES)
+    unit = units.unit_of(post_train_data._unit(1, 0, {}, table, clips, 2, names, None))
+    assert unit.samples.tolist() == [2, 3]
+    states, patches = unit.array(names[1], np.float32, (2, 3, 7)), unit.array(names[0], np.uint8, (2, 3 * 4, 768))
+    for place, n in enumerate(unit.samples.tolist()):
+        row, frames = trajectories.sample_trajectory(table, n, 3, 4.0, 7)
+        np.testing.assert_allclose(states[place], files.poses(20, row)[frames], atol=1e-6)
+        assert [files.number_of(image) for image in patches[place].reshape(3, -1)] == frames.tolist()
+
+
 def test_a_jpeg_that_does_not_decode_is_refused_when_it_is_read(tmp_path):
     files.write_rlds(tmp_path, [[files.rlds_episode(6)]])
     table = read(tmp_path)

@@ -9,11 +9,9 @@ import pytest
 import robot_files as files
 from test_trajectories import droid_columns
 
-from pipelines import catalog, catalog_verb, export, ingest_trajectories, post_train_data, presets, trajectories, units
+from pipelines import catalog, catalog_verb, export, ingest_trajectories, presets, trajectories
 from pipelines.catalog_schema import RUNS, CatalogRef
-from pipelines.config import PostTrainConfig
 from pipelines.errors import InputRefused, UsageError
-from pipelines.train_config import DataConfig, TrainConfig
 from pipelines.trajectories_config import EpisodeChoice, ExportConfig, TrajectoriesConfig
 from pipelines.trajectories_schema import TRAJECTORIES
 
@@ -131,25 +129,6 @@ def test_folders_of_every_layout_are_indexed_into_a_run(sources, ray_session, tm
             np.testing.assert_array_equal(states, expected.astype(np.float32))
     with pytest.raises(UsageError, match="choose one of exterior_1, exterior_2, wrist, or all"):
         trajectories.index_episodes(f"{sources}/rlds", "physical", 1.0, EpisodeChoice(camera="left"))
-
-
-def test_training_reads_jpegs_by_units(sources, ray_session):
-    index = trajectories.index_episodes(f"{sources}/rlds", "physical", 0.5)
-    config = PostTrainConfig(
-        "t", "e", seed=7, train=TrainConfig(1, batch_size=4, microbatches=2), data=DataConfig(decode_tasks=2)
-    )
-    clips = post_train_data.Clips(3, 4.0, 7, "any", "auto", 32, 16)
-    drawn = post_train_data.dataset(config, index, clips, None, 0, 0)
-    found = [units.unit_of(batch) for batch in drawn.iter_batches(batch_size=1, batch_format="pyarrow")]
-    assert [unit.samples.tolist() for unit in found] == [[0, 1], [2, 3]]
-    for unit in found:
-        states = unit.array(post_train_data.STATES, np.float32, (2, 3, 7))
-        patches = unit.array(post_train_data.PATCHES, np.uint8, (2, 3 * 4, 768))
-        for place, n in enumerate(unit.samples.tolist()):
-            row, frames = trajectories.sample_trajectory(index, n, 3, 4.0, 7)
-            images, expected = trajectories.read_frames(index, row, frames, 32)
-            np.testing.assert_array_equal(states[place], expected)
-            assert patches[place].mean() == pytest.approx(images.mean())
 
 
 def test_an_index_of_before_the_table_is_still_read(sources, ray_session):
