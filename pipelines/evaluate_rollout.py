@@ -94,7 +94,7 @@ def _finish(shared: Shared, blocks: list[Row]) -> Row:
         "clips": len(episodes),
         "summary": {"horizon": len(steps), **last, **{f"nearest_{name}_m": metres[name][-1]["mean"] for name in metres}},
         "pictures": [
-            {"file": CURVE, "caption": "Latent error against horizon, with intervals at 95 % over held-out episodes."},
+            {"file": CURVE, "caption": "Latent error against horizon, with intervals at 95 %."},
             {"file": STRIPS, "caption": "True frames, and below each the held-out frame whose tokens are nearest to the "
              "predicted ones."},
         ],

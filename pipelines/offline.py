@@ -30,8 +30,8 @@ from pipelines.video import frame_patches
 
 BLOCK = 8
 """Clips of a task."""
-LEAST_EPISODES = 8
-"""Below so many no interval is given."""
+LEAST_UNITS = 8
+"""Episodes below which an interval is over clips, which are alike within one, and clips below which there is none."""
 Row = dict[str, Any]
 
 
@@ -179,14 +179,17 @@ def _episodes(config: Any, model: str, trained: PostTrainConfig) -> pa.Table:
 
 
 def interval(values: np.ndarray, episodes: Sequence[int]) -> Row:
-    """{mean, low, high, by} of one value for each clip [n]: a bootstrap over episodes, as clips of one are alike."""
+    """{mean, low, high, by} of one value for each clip [n]: a bootstrap over episodes, or over clips where there are few."""
     groups = [np.flatnonzero(np.asarray(episodes) == row) for row in dict.fromkeys(episodes)]
     told = {"mean": float(np.mean(values)), "low": None, "high": None, "by": None}
-    if len(groups) < LEAST_EPISODES:
+    by = "held-out episodes" if len(groups) >= LEAST_UNITS else "clips"
+    if by == "clips":
+        groups = [np.array([clip]) for clip in range(len(values))]
+    if len(groups) < LEAST_UNITS:
         return told
     sums, counts = np.array([values[group].sum() for group in groups]), np.array([len(group) for group in groups])
     found = bootstrap_interval(lambda drawn: float(sums[drawn].sum() / counts[drawn].sum()), len(groups))
-    return told | {"low": found.low, "high": found.high, "by": "held-out episodes"}
+    return told | {"low": found.low, "high": found.high, "by": by}
 
 
 def shown_interval(line: Row, scale: float = 1.0, digits: int = 3) -> str:

@@ -64,7 +64,7 @@ def offline(section: Section) -> None:
     section.cards += [Card(name.replace("_", " "), f"{value:.3g}", result["task"]) for name, value in result["summary"].items()]
     group = Group(str(result["task"]).capitalize())
     section.groups.append(group)
-    caption = f"{result['title'].capitalize()}; intervals at 95 %, a bootstrap over held-out episodes."
+    caption = f"{result['title'].capitalize()}; intervals at 95 %, a bootstrap."
     group.tables.append(Table(result["columns"], [list(row) for row in result["rows"]], caption))
     for picture in result["pictures"]:
         section.attempt(picture["file"], lambda picture=picture: _picture(section, group, picture))
