@@ -15,6 +15,8 @@ from pipelines.errors import UsageError
 
 REQUIRED = {
     "ingest": ["source=a", "catalog=b"],
+    "ingest trajectories": ["source=a", "catalog=b"],
+    "export": ["format=lerobot", "trajectories=a", "out=b"],
     "pretrain": ["catalog=a", "run.dir=b", "train.steps=1"],
     "sweep": ["catalog=a", "run.dir=b", "probe.trajectories=c"],
     "sweep report": ["run=a"],
@@ -30,6 +32,9 @@ REQUIRED = {
     "evaluate robot": ["model=a", "trajectories=b", "run.dir=c"],
     "evaluate decode": ["model=a", "catalog=b", "run.dir=c"],
     "evaluate features": ["model=a", "catalog=b", "run.dir=c"],
+    "evaluate rollout": ["model=a", "run.dir=b"],
+    "evaluate energy": ["model=a", "run.dir=b"],
+    "evaluate action-score": ["model=a", "run.dir=b"],
     "evaluate masks": ["catalog=a", "run.dir=b", "train.steps=1"],
 }
 
