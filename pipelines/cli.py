@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from pipelines import bench_config as bench_schema
+from pipelines import bench_planning_config as planning_schema
 from pipelines import config as schema
 from pipelines import evaluate_config as evaluate_schema
 from pipelines import ingest_config as ingest_schema
@@ -113,6 +114,13 @@ VERBS = {
         (),
         ("run.dir",),
         ("what",),
+    ),
+    "bench planning": Verb(
+        planning_schema.PlanningBenchConfig,
+        "pipelines.bench_planning",
+        "does the robot arrive? world models in closed loop, beside what needs none",
+        ("encoder",),
+        ("run.dir",),
     ),
     "evaluate probe": Verb(
         evaluate_schema.ProbeEvaluationConfig,

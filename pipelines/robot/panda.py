@@ -6,8 +6,9 @@ state and action spaces are DROID's: pose of the tool centre point in the robot 
 angles, gripper closedness.
 
 The tool never touches the two objects inside ``WORKSPACE``, so an image goal made from a seed stays reachable for
-the whole episode; inside ``CONTACT_WORKSPACE`` it pushes and grasps them. Shadow maps are off (they cost a factor of two to three); a dark disc on the table below the
-tool stands in for its shadow, because one camera without it cannot tell height from distance.
+the whole episode; inside ``CONTACT_WORKSPACE`` it pushes and grasps them. Shadow maps are off (they cost a factor of
+two to three); a dark disc on the table below the tool stands in for its shadow, because one camera without it cannot
+tell height from distance.
 """
 
 from __future__ import annotations

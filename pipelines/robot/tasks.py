@@ -57,12 +57,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class SubGoal:
-    """What a planner is shown, and for how many of its actions; `hand` float64 [3] is where the tool is in it."""
+    """What a planner is shown; `hand` float64 [3] is where the tool is in it."""
 
     name: str
     image: np.ndarray | None
     hand: np.ndarray
-    steps: int
 
 
 def draw(task: str, seed: int, distance: tuple[float, float] | None = None) -> Scene:
@@ -80,6 +79,17 @@ def draw(task: str, seed: int, distance: tuple[float, float] | None = None) -> S
         if low <= np.linalg.norm(scene.goal - moved) <= high and _inside(scene):
             return scene
     raise ValueError(f"no {task} has its goal {low} to {high} m away: choose another goal_distance")
+
+
+def another_goal(task: str, rng: np.random.Generator, cube: np.ndarray | None) -> np.ndarray:
+    """A further goal float64 [3] for play that goes on with the cube where it lies now."""
+    if cube is None:
+        return rng.uniform(*WORKSPACE)
+    goal = _on_the_table(rng)
+    if task == PUSH:  # along one axis, towards the middle of the table where the cube is far out
+        axis = rng.integers(2)
+        goal[1 - axis] = cube[1 - axis]
+    return goal
 
 
 def _reach(seed: int, rng: np.random.Generator) -> Scene:
@@ -126,32 +136,32 @@ class _Leg:
     """Actions after which the next leg begins in any case."""
     settle: int = 0
     """Actions that are waited out after it has come: fingers close and objects come to rest."""
-    shown: int = 0
-    """Planner's actions towards a picture of this leg's end; 0 for a leg that is not a sub-goal."""
+    shown: bool = False
+    """Its end is a sub-goal: a planner is shown a picture of it."""
 
 
 _LEGS = {
-    REACH: (_Leg("there", 0.0, 100, shown=8),),
-    PUSH: (_Leg("over", 1.0, 12), _Leg("behind", 1.0, 8, settle=1, shown=6), _Leg("pushed", 1.0, 16, shown=8)),
+    REACH: (_Leg("there", 0.0, 100, shown=True),),
+    PUSH: (_Leg("over", 1.0, 12), _Leg("behind", 1.0, 8, settle=1, shown=True), _Leg("pushed", 1.0, 16, shown=True)),
     PICK: (
         _Leg("above", 0.0, 12),
         _Leg("down", 0.0, 8, settle=1),
-        _Leg("grasp", 1.0, 4, settle=3, shown=6),
+        _Leg("grasp", 1.0, 4, settle=3, shown=True),
         _Leg("lift", 1.0, 6),
-        _Leg("carry", 1.0, 12, settle=1, shown=8),
+        _Leg("carry", 1.0, 12, settle=1, shown=True),
         _Leg("lower", 1.0, 8, settle=1),
-        _Leg("placed", 0.0, 4, settle=3, shown=6),
+        _Leg("placed", 0.0, 4, settle=3, shown=True),
     ),
 }
 
 
-def sub_goal_steps(task: str) -> tuple[tuple[str, int], ...]:
-    """(name, planner's actions) of each sub-goal of a task, in order."""
-    return tuple((leg.name, leg.shown) for leg in _LEGS[task] if leg.shown)
+def sub_goals(task: str) -> tuple[str, ...]:
+    """Names of a task's sub-goals, in order; the last is the goal."""
+    return tuple(leg.name for leg in _LEGS[task] if leg.shown)
 
 
 class Oracle:
-    """Solves a task from positions. `scale` is the length of one of its actions beside a planner's, so that patience fits ticks."""
+    """Solves a task from positions. `scale`: length of one of its actions beside a planner's, so that patience fits ticks."""
 
     def __init__(self, task: str, goal: np.ndarray, cube: np.ndarray | None, scale: float = 1.0) -> None:
         self.legs, self.goal, self.scale = _LEGS[task], goal, scale
@@ -198,14 +208,15 @@ class Oracle:
             gap = float(np.dot((cube - hand)[:2], self._direction[:2]))
             return np.append((self.goal - self._direction * gap)[:2], _PUSH_Z)
         if name in ("above", "down", "grasp", "lift"):
-            return np.append(self.start[:2] if name == "lift" else cube[:2], {"above": 0.10, "lift": _CARRY_Z}.get(name, _GRASP_Z))
+            place = self.start if name == "lift" else cube
+            return np.append(place[:2], {"above": 0.10, "lift": _CARRY_Z}.get(name, _GRASP_Z))
         return np.append(self.goal[:2], {"carry": _CARRY_Z}.get(name, _GRASP_Z + 0.004))
 
 
 def solve(
     env: PandaEnv, scene: Scene, ticks: int, *, max_step: float = 0.075, render: bool = True, max_actions: int = 80
 ) -> tuple[list[SubGoal], dict[str, Any]]:
-    """The oracle's way through a scene: the sub-goals it passes, and {"actions": int, "hand", "cube": metres left, "lifted": bool}.
+    """The oracle's way through a scene: its sub-goals, and {"actions": int, "hand", "cube": metres left, "lifted": bool}.
 
     `ticks` is the length of an action in control ticks. The simulator is left where the oracle ends. A goal of reach is the
     tool's place set exactly, not where the servos bring it.
@@ -213,15 +224,15 @@ def solve(
     goals: list[SubGoal] = []
     if scene.task == REACH:
         env.reset(scene.seed, scene.goal)
-        goals = [SubGoal("there", env.render() if render else None, env.state()[:3], _LEGS[REACH][0].shown)]
+        goals = [SubGoal("there", env.render() if render else None, env.state()[:3])]
     scene.place(env)
     oracle, lifted, actions = Oracle(scene.task, scene.goal, scene.cube), 0.0, 0
-    steps = dict(sub_goal_steps(scene.task))
+    shown = sub_goals(scene.task)
     while actions < max_actions:
         before = oracle.leg
         action = oracle.act(env.state(), env.object_positions(), max_step, 0.75)
-        if oracle.leg != before and before in steps and scene.task != REACH:
-            goals.append(SubGoal(before, env.render() if render else None, env.state()[:3], steps[before]))
+        if oracle.leg != before and before in shown and scene.task != REACH:
+            goals.append(SubGoal(before, env.render() if render else None, env.state()[:3]))
         if oracle.leg is None:
             break
         env.step(action, ticks)
