@@ -143,6 +143,8 @@ class Player:
     def __init__(self, arena: Arena, agents: list[Agent], run_dir: str, folder: str) -> None:
         import torch
 
+        import pipelines.post_train  # noqa: F401  before OpenGL: what torch imports late crashes beside Mesa's compiler
+
         torch.set_num_threads(1)
         self.arena, self.run_dir, self.folder = arena, run_dir, folder
         self.agents = {agent.name: agent for agent in agents}
