@@ -64,24 +64,41 @@ def _show(task: str, result: dict[str, Any], config: PlanningBenchConfig, report
 
 def _run_task(config: PlanningBenchConfig, task: str, folder: str, reporter: Reporter) -> dict[str, Any]:
     trained = _train(config, task, folder, reporter)
-    from pipelines import bench_offline
+    from pipelines import bench_offline  # imports ray, which the session has to start first
 
     post_train, baseline = storage.join(folder, "post-train"), storage.join(folder, "baseline")
     trained["baseline"] = _stage(folder, "baseline", lambda: bench_offline.fit_baseline(post_train, baseline, config.baseline))
-    newest = run_folder.require_checkpoint(post_train)
     fps = run_folder.config_of(post_train, PostTrainConfig, "post-training").fps
     arena = Arena(task, config.steps, config.seed, config.success_distance, config.sim, config.planner.max_step, fps)
-    agents = [Agent(JEPA, "jepa", newest.uri, config.planner, filmed=True)]
-    if (economical := economical_planner(config)) is not None:
-        agents.append(Agent(ECONOMICAL, "jepa", newest.uri, economical))
-    agents += [Agent(BASELINE, "pca-mlp", baseline, config.planner), Agent(RANDOM, "random"), Agent(NOTHING, "no-op")]
-    agents.append(Agent(ORACLE, "oracle"))
+    newest = run_folder.require_checkpoint(post_train)
+    agents = _agents(config, newest.uri, baseline)
+    found = {checkpoint.step: checkpoint.uri for checkpoint in run_folder.checkpoints(post_train)}
+    steps = chosen_steps(list(found), config.checkpoints) if config.checkpoints else []
+    names = {step: JEPA if step == newest.step else f"checkpoint-{step:08d}" for step in steps}  # the newest plays anyway
+    agents += [
+        Agent(names[step], "jepa", found[step], config.planner, episodes=config.checkpoint_episodes)
+        for step in steps
+        if step != newest.step
+    ]
     where = storage.join(folder, closed_loop.PLAYED)
     played = closed_loop.play_all(arena, agents, config.episodes, folder, where, reporter)
-    lines = _score_checkpoints(config, arena, post_train, folder, played[JEPA], reporter) if config.checkpoints else []
+    uris = {step: found[step] for step in steps}
+    scores = bench_offline.score_all(uris, config.planner, storage.join(folder, STAGES), config.seed, reporter)
+    few = {step: played[names[step]][: config.checkpoint_episodes] for step in steps}
+    lines = [{"step": step, **scores[step], **bench_planning_table.closed(few[step])} for step in steps]
+    shown = {name: episodes for name, episodes in played.items() if name == JEPA or name not in names.values()}
     planners = {agent.name: agent.planner for agent in agents if agent.model}
-    told = bench_planning_table.summary(task, played, planners, lines)
+    told = bench_planning_table.summary(task, shown, planners, lines)
     return {**told, "stages": trained, "films": storage.join(folder, closed_loop.FILMS)}
+
+
+def _agents(config: PlanningBenchConfig, model: str, baseline: str) -> list[Agent]:
+    """The rows of the table."""
+    agents = [Agent(JEPA, "jepa", model, config.planner, filmed=True)]
+    if (economical := economical_planner(config)) is not None:
+        agents.append(Agent(ECONOMICAL, "jepa", model, economical))
+    agents += [Agent(BASELINE, "pca-mlp", baseline, config.planner), Agent(RANDOM, "random"), Agent(NOTHING, "no-op")]
+    return [*agents, Agent(ORACLE, "oracle")]
 
 
 def economical_planner(config: PlanningBenchConfig) -> PlannerConfig | None:
@@ -175,23 +192,3 @@ def chosen_steps(steps: Sequence[int], count: int) -> list[int]:
         if left:
             found.append(min(left, key=lambda step: abs(step - target)))
     return sorted(found)
-
-
-def _score_checkpoints(
-    config: PlanningBenchConfig, arena: Arena, post_train: str, folder: str, newest: list[dict[str, Any]], reporter: Reporter
-) -> list[dict[str, Any]]:
-    """Offline scores and the closed loop of some checkpoints: a row each."""
-    from pipelines import bench_offline
-
-    found = {checkpoint.step: checkpoint.uri for checkpoint in run_folder.checkpoints(post_train)}
-    steps = chosen_steps(list(found), config.checkpoints)
-    agents = {step: Agent(f"checkpoint-{step:08d}", "jepa", found[step], config.planner) for step in steps}
-    # The last one has played already, in the same scenes with the same noise.
-    last = agents.pop(max(steps)) and max(steps)
-    where = storage.join(folder, closed_loop.PLAYED)
-    played = closed_loop.play_all(arena, list(agents.values()), config.checkpoint_episodes, folder, where, reporter)
-    by_step = {step: played[agent.name] for step, agent in agents.items()} | {last: newest[: config.checkpoint_episodes]}
-    scores = bench_offline.score_all(
-        {step: found[step] for step in steps}, config.planner, storage.join(folder, STAGES), config.seed, reporter
-    )
-    return [{"step": step, **scores[step], **bench_planning_table.closed(by_step[step])} for step in steps]

@@ -160,11 +160,12 @@ def conditions(result: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[Any,
     return ("condition", "measured", "required", "holds"), rows
 
 
-def told(task: str, result: dict[str, Any]) -> dict[str, float]:
-    """The main numbers, for the last line that the verb prints."""
+def told(task: str, result: dict[str, Any]) -> dict[str, Any]:
+    """The main numbers and where the films are, for the last line that the verb prints."""
     rows = {row["agent"]: row for row in result["agents"]}
-    named = {f"{task}_{name}": rows[name] for name in (JEPA, BASELINE)}
-    return {f"{name}_{key}": row[key]["mean"] for name, row in named.items() for key in ("success", "final_m")}
+    named = {f"{task}_{name.replace('-', '_')}": rows[name] for name in (JEPA, BASELINE)}
+    told = {f"{name}_{key}": row[key]["mean"] for name, row in named.items() for key in ("success", "final_m")}
+    return {**told, f"{task}_films": result["films"]}
 
 
 def _shown(value: Mapping[str, float], scale: float, digits: int) -> str:

@@ -64,6 +64,12 @@ class Agent:
     model: str = ""
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     filmed: bool = False
+    episodes: int = 0
+    """Plays only so many of the scenes; 0: all."""
+
+    def plays(self, number: int) -> bool:
+        """Whether it plays this scene."""
+        return not self.episodes or number < self.episodes
 
 
 class World(Protocol):
@@ -91,7 +97,7 @@ def play_all(
     missing = {
         number: names
         for number in range(episodes)
-        if (names := [agent.name for agent in agents if _uri(folder, agent.name, number) not in found])
+        if (names := [a.name for a in agents if a.plays(number) and _uri(folder, a.name, number) not in found])
     }
     if missing:
         slots = max(1, min(_cores(), len(missing)))
@@ -111,7 +117,9 @@ def play_all(
             for actor in actors:
                 ray.kill(actor)
         reporter.stop()
-    return {agent.name: [_read(folder, agent.name, number) for number in range(episodes)] for agent in agents}
+    return {
+        agent.name: [_read(folder, agent.name, number) for number in range(episodes) if agent.plays(number)] for agent in agents
+    }
 
 
 def _cores() -> int:

@@ -24,6 +24,7 @@ REQUIRED = {
     "report": ["run=a"],
     "demo": [],
     "bench": ["what=probe", "run.dir=a"],
+    "bench planning": ["run.dir=a"],
     "evaluate probe": ["model=a", "catalog=b", "labels=c", "run.dir=d"],
     "evaluate anticipation": ["model=a", "catalog=b", "train=c", "validation=d", "run.dir=e"],
     "evaluate label-free": ["model=a", "catalog=b", "run.dir=c"],
