@@ -89,7 +89,7 @@ def test_rank_correlations_know_order_ties_and_what_has_none():
 
 
 def test_checkpoints_that_are_scored_halve_the_steps():
-    assert bench_planning.chosen_steps(list(range(37, 1200, 37)) + [1200], 6) == [37, 74, 148, 296, 592, 1200]
+    assert bench_planning.chosen_steps([*range(37, 1200, 37), 1200], 6) == [37, 74, 148, 296, 592, 1200]
     assert bench_planning.chosen_steps([1, 2, 3, 4], 3) == [1, 2, 4]
     assert bench_planning.chosen_steps([5, 10], 6) == [5, 10]
 
