@@ -233,6 +233,13 @@ class PlanConfig:
     run: RunConfig = field(default_factory=RunConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
+    def check(self) -> None:
+        """Numbers that cannot be meant."""
+        try:
+            self.planner.check()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
 
 @dataclass(frozen=True)
 class ReportConfig:
