@@ -1,26 +1,18 @@
-"""What `jepa bench planning` measures without the simulator: the baseline's fit, and how checkpoints predict held-out episodes.
-
-Legend: B clips, T frames, P patches, D width.
-"""
+"""What `jepa bench planning` measures without the simulator: the baseline's fit, and how checkpoints predict held-out episodes."""
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from jepa_core.config import PlannerConfig
-from jepa_core.objective import latent_l1
-from jepa_core.planner import plan
-from jepa_core.poses import compose, deltas
-from pipelines import closed_loop, pca_world, run_folder, trajectories
+from jepa_core.poses import deltas
+from pipelines import closed_loop, evaluate_action_score, offline, pca_world, run_folder, trajectories
 from pipelines.bench_planning_config import PcaConfig
 from pipelines.config import PostTrainConfig
 from pipelines.errors import InputRefused
 from pipelines.post_train import HELD_OUT_CLIPS, split_episodes
 from pipelines.progress import Reporter
-from pipelines.video import frame_patches
 
 
 def fit_baseline(post_train: str, uri: str, config: PcaConfig) -> dict[str, Any]:
@@ -67,41 +59,27 @@ def score_all(
     return {step: run_folder.read_json(folder, name) for step, name in names.items()}
 
 
-@torch.no_grad()
 def _score(uri: str, planner: PlannerConfig, seed: int) -> dict[str, float]:
-    """{"rollout_error": latent error at the longest horizon, "action_error_m": of the planned beside the recorded step}."""
+    """{"rollout_error": latent error at the longest horizon, "action_error_m": of the planned beside the recorded step}.
+
+    As `jepa evaluate rollout` and `action-score` measure them, on the run's own held-out episodes.
+    """
     torch.set_num_threads(1)
     world = closed_loop.JepaWorld(uri)
-    z, states = _held_out(uri.rpartition("/checkpoints/")[0])
-    return {"rollout_error": rollout_error(world, z, states), "action_error_m": action_error(world, z, states, planner, seed)}
+    source, _, held_out = _episodes(uri.rpartition("/checkpoints/")[0])
+    clips = offline.clips_for(source, world.model, source.num_frames, source.seed)
+    shown = offline.read(held_out, range(min(HELD_OUT_CLIPS, 4 * held_out.num_rows)), clips, world.model)
+    predicted = offline.rollout(world.model, shown, deltas(shown.states))
+    error = offline.distances(predicted[:, -1], shown.z[:, -1], "l1").mean().item()
+    return {"rollout_error": error, "action_error_m": _action_error(world, shown, planner, seed)}
 
 
-@lru_cache(maxsize=1)
-def _held_out(post_train: str) -> tuple[Tensor, Tensor]:
-    """Normalised tokens [B, T, P, D] and states [B, T, 7] of clips of the episodes that were held out."""
-    config, _, held_out = _episodes(post_train)
-    world, clips = closed_loop.JepaWorld(post_train), []
-    for n in range(min(HELD_OUT_CLIPS, 4 * held_out.num_rows)):
-        row, frames = trajectories.sample_trajectory(held_out, n, config.num_frames, config.fps, config.seed)
-        clips.append(trajectories.read_frames(held_out, row, frames, world.model.crop_size))
-    z = world.model.encode(torch.stack([torch.from_numpy(frame_patches(images)) for images, _ in clips]))
-    return z, torch.stack([torch.from_numpy(state) for _, state in clips])
-
-
-def rollout_error(world: closed_loop.JepaWorld, z: Tensor, states: Tensor) -> float:
-    """Mean absolute difference at the last frame, after predicting from the first under the recorded actions."""
-    actions, tokens, seen = deltas(states), z[:, :1], states[:, :1]
-    for step in range(1, z.shape[1]):
-        tokens = torch.cat([tokens, world.predict(tokens, actions[:, :step], seen)[:, -1:]], dim=1)
-        seen = torch.cat([seen, compose(seen[:, -1:], actions[:, step - 1 : step])], dim=1)
-    return latent_l1(tokens[:, -1:], z[:, -1:]).item()
-
-
-def action_error(world: closed_loop.JepaWorld, z: Tensor, states: Tensor, planner: PlannerConfig, seed: int) -> float:
-    """Metres between the step that is planned from the first frame to the second, and the one that was recorded."""
-    actions, errors = deltas(states[:, :2])[:, 0], []
-    for number in range(len(z)):
-        noise = torch.Generator().manual_seed(seed + number)
-        found = plan(world.predict, z[number, 0], states[number, 0], z[number, 1], planner, noise).actions[0]
-        errors.append((found[:3] - actions[number, :3]).norm().item())
-    return sum(errors) / len(errors)
+def _action_error(world: closed_loop.JepaWorld, shown: offline.Shown, planner: PlannerConfig, seed: int) -> float:
+    """Metres between the steps that are planned from the first frame to that a horizon later, and the recorded ones."""
+    horizon, found = planner.horizon, []
+    for clip, (z, states) in enumerate(zip(shown.z, shown.states, strict=True)):
+        noise = torch.Generator().manual_seed(seed + clip)
+        planned = world.plan(shown.images[clip, 0], states[0].numpy(), z[horizon], planner, noise, None).actions
+        errors = evaluate_action_score.errors(evaluate_action_score.end_state(states[0], planned.float()), states[horizon])
+        found.append(errors[evaluate_action_score.METRES])
+    return sum(found) / len(found)

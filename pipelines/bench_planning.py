@@ -96,7 +96,7 @@ def _agents(config: PlanningBenchConfig, model: str, baseline: str) -> list[Agen
     """The rows of the table."""
     agents = [Agent(JEPA, "jepa", model, config.planner, filmed=True)]
     if (economical := economical_planner(config)) is not None:
-        agents.append(Agent(ECONOMICAL, "jepa", model, economical))
+        agents.append(Agent(ECONOMICAL, "jepa", model, economical, warm_start=True))
     agents += [Agent(BASELINE, "pca-mlp", baseline, config.planner), Agent(RANDOM, "random"), Agent(NOTHING, "no-op")]
     return [*agents, Agent(ORACLE, "oracle")]
 

@@ -70,7 +70,7 @@ def _agent(name: str, episodes: Episodes, planner: PlannerConfig | None) -> dict
         "start_m": float(start),
         "hand_m": float(hands[:, -1].mean()),
         "lifted": float(np.mean([episode["lifted"] for episode in episodes])),
-        "evaluations": planner.samples * planner.iterations * planner.horizon if planner else 0,
+        "evaluations": planner.evaluations if planner else 0,
         "seconds_per_action": float(np.mean([episode["seconds_per_action"] for episode in episodes])),
     }
 

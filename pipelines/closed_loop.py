@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from jepa_core.config import PlannerConfig
-from pipelines import run_folder, storage
+from pipelines import storage
 from pipelines.config import SimConfig, TaskName
 from pipelines.errors import InputRefused, JepaError, Retryable, UsageError, unwrapped
 from pipelines.progress import Reporter
@@ -63,6 +63,8 @@ class Agent:
     kind: Kind
     model: str = ""
     planner: PlannerConfig = field(default_factory=PlannerConfig)
+    warm_start: bool = False
+    """Each search begins with the plan of the step before."""
     filmed: bool = False
     episodes: int = 0
     """Plays only so many of the scenes; 0: all."""
@@ -78,8 +80,8 @@ class World(Protocol):
     def tokens(self, image: np.ndarray) -> Any:
         """Normalised tokens [P, D] of a picture uint8 [H, W, 3]."""
 
-    def predict(self, z: Any, actions: Any, states: Any) -> Any:
-        """See jepa_core.planner.Predict."""
+    def plan(self, image: np.ndarray, state: np.ndarray, goal: Any, planner: PlannerConfig, noise: Any, start: Any) -> Any:
+        """A jepa_core.planner.Plan from a picture and a state [7] towards tokens [P, D]; `start` is the plan before, or None."""
 
 
 def play_all(
@@ -226,14 +228,15 @@ class Player:
     def _planned(self, agent: Agent, seed: int, goals: Sequence[Any]) -> list[Policy]:
         import torch
 
-        from jepa_core.planner import plan
-
         env, world, noise = self._env, load_world(agent.kind, agent.model), torch.Generator().manual_seed(seed)
 
         def towards(target: Any) -> Policy:
+            before = None
+
             def act() -> np.ndarray:
-                state = torch.from_numpy(env.state()).float()
-                found = plan(world.predict, world.tokens(env.render()), state, target, agent.planner, noise)
+                nonlocal before
+                found = world.plan(env.render(), env.state(), target, agent.planner, noise, before)
+                before = found if agent.warm_start else None
                 return found.actions[0].double().numpy()
 
             return act
@@ -260,13 +263,14 @@ class JepaWorld:
     """A post-training run's encoder and predictor, of its newest checkpoint or of one."""
 
     def __init__(self, uri: str) -> None:
-        from pipelines.post_train import PREDICTOR, load_world_model
+        """Raises InputRefused for a model that needs to know where the camera stands."""
+        from jepa_core.action_cache import CachedPredict
+        from pipelines.post_train import load_world_model
 
-        at = run_folder.checkpoint_at(uri)
-        self.model = load_world_model(at[0] if at else uri)
-        if at:
-            self.model.predictor.load_state_dict(run_folder.load_weights(at[1], PREDICTOR))
-        self.fps = self.model.fps
+        self.model = model = load_world_model(uri)
+        if model.predictor.config.use_extrinsics or model.camera_frame:
+            raise InputRefused(f"{uri} was trained with camera poses, which the planner does not give: train one without")
+        self._predict = CachedPredict(model.predictor, (model.side, model.side)) if model.normalize else model.predict
 
     def tokens(self, image: np.ndarray) -> Any:
         """Tokens [P, D] of a picture, brought to the encoder's size as training frames were."""
@@ -276,15 +280,18 @@ class JepaWorld:
         from pipelines.video import frame_patches, scale_image
 
         scaled = scale_image(image, centre_crop(image.shape[1], image.shape[0]), self.model.crop_size)
+        patches = frame_patches(scaled[None], self.model.encoder.config.patch_size)
         with torch.autocast("cpu", torch.bfloat16):
-            return self.model.encode(torch.from_numpy(frame_patches(scaled[None]))[None])[0, 0]
+            return self.model.encode(torch.from_numpy(patches)[None])[0, 0]
 
-    def predict(self, z: Any, actions: Any, states: Any) -> Any:
-        """See jepa_core.planner.Predict."""
+    def plan(self, image: np.ndarray, state: np.ndarray, goal: Any, planner: PlannerConfig, noise: Any, start: Any) -> Any:
+        """See World."""
         import torch
 
+        from jepa_core.planner import plan
+
         with torch.autocast("cpu", torch.bfloat16):
-            return self.model.predict(z, actions, states)
+            return plan(self._predict, self.tokens(image), torch.from_numpy(state).float(), goal, planner, noise, start)
 
 
 @lru_cache(maxsize=8)

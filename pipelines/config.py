@@ -230,6 +230,8 @@ class PlanConfig:
     success_distance: float = 0.05
     sim: SimConfig = field(default_factory=SimConfig)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
+    warm_start: bool = False
+    """Each search begins with the plan of the step before, as in preset=economical; the published planner forgets it."""
     run: RunConfig = field(default_factory=RunConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 

@@ -12,6 +12,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from jepa_core.config import PlannerConfig
+from jepa_core.planner import Plan, plan
 from jepa_core.poses import deltas
 from jepa_core.sampling import centre_crop
 from pipelines import model_folder, run_folder, storage, trajectories
@@ -50,6 +52,10 @@ class PcaWorld(nn.Module):
         """Components [1, K] of a picture uint8 [H, W, 3]."""
         scaled = scale_image(image, centre_crop(image.shape[1], image.shape[0]), self.config.size)
         return self.encode(torch.from_numpy(np.ascontiguousarray(scaled))[None])
+
+    def plan(self, image: np.ndarray, state: np.ndarray, goal: Tensor, planner: PlannerConfig, noise: Any, start: Any) -> Plan:
+        """See pipelines.closed_loop.World."""
+        return plan(self.predict, self.tokens(image), torch.from_numpy(state).float(), goal, planner, noise, start)
 
     def predict(self, z: Tensor, actions: Tensor, states: Tensor) -> Tensor:
         """Components [S, T, 1, K] one step after z [S, T, 1, K], under actions and states [S, T, 7]."""

@@ -32,7 +32,7 @@ def run(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
     model = run_folder.config_of(config.model, PostTrainConfig, "post-training")
     arena = Arena(config.task, config.steps, config.seed, config.success_distance, config.sim, config.planner.max_step,
                   model.fps, config.goal_distance)  # fmt: skip
-    planner = Agent(PLANNER, "jepa", checkpoint.uri, config.planner, filmed=True)
+    planner = Agent(PLANNER, "jepa", checkpoint.uri, config.planner, config.warm_start, filmed=True)
     agents = [planner, *(Agent(name, name) for name in AGENTS if name != PLANNER)]
     # Below the checkpoint's name: a model that was trained further plays its own episodes.
     folder = storage.join(run_dir, closed_loop.PLAYED, checkpoint.uri.rpartition("/")[2])

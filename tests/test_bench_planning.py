@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from jepa_core.config import PlannerConfig
-from jepa_core.planner import plan
 from pipelines import bench_planning, run_folder
 from pipelines import bench_planning_table as table
 from pipelines.bench_planning_config import PcaConfig, PlanningBenchConfig
@@ -44,7 +43,9 @@ def played(mine: list[float], base: list[float], **more: list[float]) -> dict[st
 
 def test_the_table_knows_means_intervals_and_paired_differences():
     mine, base = [0.01, 0.02, 0.03, 0.09], [0.03, 0.04, 0.05, 0.11]
-    result = table.summary("reach", played(mine, base), {table.JEPA: PlannerConfig(samples=10, iterations=3, horizon=2)}, [])
+    result = table.summary(
+        "reach", played(mine, base), {table.JEPA: PlannerConfig(samples=10, iterations=3, elites=2, horizon=2)}, []
+    )
     rows = {row["agent"]: row for row in result["agents"]}
     assert rows["jepa"]["success"]["mean"] == 0.75
     assert rows["jepa"]["success"]["low"] == pytest.approx(0.3006, abs=1e-3), "Wilson, 3 of 4"
@@ -119,12 +120,11 @@ def test_the_baseline_learns_a_world_that_moves_as_it_is_told_and_plans_in_it(tm
     world.save(str(tmp_path / "pca"))
     loaded = pca_world.PcaWorld.load(str(tmp_path / "pca"))
     now, goal = np.array([-0.03, 0.02]), np.array([0.02, -0.02])
-    state = torch.zeros(7)
-    state[:2] = torch.from_numpy(now)
-    found = plan(
-        loaded.predict, loaded.tokens(picture(now)), state, loaded.tokens(picture(goal)),
-        PlannerConfig(samples=200, iterations=8, elites=20), torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    state = np.zeros(7)
+    state[:2] = now
+    planner = PlannerConfig(samples=200, iterations=8, elites=20)
+    noise = torch.Generator().manual_seed(0)
+    found = loaded.plan(picture(now), state, loaded.tokens(picture(goal)), planner, noise, None)
     np.testing.assert_allclose(found.actions[0, :2].numpy(), goal - now, atol=0.02)
     with pytest.raises(InputRefused, match="PCA"):
         pca_world.PcaWorld.load(str(tmp_path / "nothing"))
