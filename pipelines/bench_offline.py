@@ -1,4 +1,4 @@
-"""What `jepa bench planning` measures without the simulator: the baseline's fit, and how checkpoints predict held-out episodes."""
+"""What `jepa bench planning` measures without the simulator: the baseline's fit, and how well checkpoints predict and act."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -17,7 +17,7 @@ from pipelines.bench_planning_config import PRETRAIN, UNTRAINED, PlanningBenchCo
 from pipelines.bench_planning_table import BASELINE, ECONOMICAL, JEPA, NOTHING, ORACLE, RANDOM
 from pipelines.closed_loop import Agent, Arena
 from pipelines.config import PostTrainConfig, PretrainConfig
-from pipelines.errors import ConditionMissed
+from pipelines.errors import ConditionMissed, UsageError
 from pipelines.progress import Reporter
 
 STAGES = "stages"
@@ -158,7 +158,13 @@ def post_train_words(config: PlanningBenchConfig, trajectories: str, encoder: st
     """Arguments of `jepa post-train`, which keeps a grid of checkpoints."""
     words = [*config.post_train, f"trajectories={trajectories}", f"encoder={encoder}", f"run.dir={run_dir}"]
     if config.checkpoints:
-        steps = presets.load(PostTrainConfig, "post-train", words).train.steps
+        trained = presets.load(PostTrainConfig, "post-train", words)
+        if config.planner.horizon >= trained.num_frames:
+            raise UsageError(
+                f"planner.horizon={config.planner.horizon} looks beyond post-training's clips of {trained.num_frames} frames, "
+                "so checkpoints cannot be scored by it: give checkpoints=0, or num_frames in post_train"
+            )
+        steps = trained.train.steps
         words += [f"train.checkpoint_every={max(1, steps // CHECKPOINT_GRID)}", f"train.keep_checkpoints={2 * CHECKPOINT_GRID}"]
     return words
 

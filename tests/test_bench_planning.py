@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from jepa_core.config import PlannerConfig
-from pipelines import bench_planning, run_folder
+from pipelines import bench_offline, bench_planning, pca_world, run_folder
 from pipelines import bench_planning_table as table
 from pipelines.bench_planning_config import PcaConfig, PlanningBenchConfig
 from pipelines.errors import ConditionMissed, InputRefused, UsageError
 from pipelines.presets import load
 from pipelines.robot.panda import headless_gl
 
+assert bench_offline  # and with it what torch imports late, which crashes once headless_gl has loaded Mesa
 pytestmark = pytest.mark.robot
 needs_gl = pytest.mark.skipif(
     headless_gl() is None and "CI" not in os.environ, reason="no headless OpenGL library (make system installs one)"
@@ -97,7 +98,6 @@ def test_checkpoints_that_are_scored_halve_the_steps():
 
 def test_the_baseline_learns_a_world_that_moves_as_it_is_told_and_plans_in_it(tmp_path):
     """A bright square moves over dark frames by as much as the state says."""
-    from pipelines import pca_world
 
     def picture(place: np.ndarray) -> np.ndarray:
         image = np.zeros((16, 16, 3), np.uint8)
