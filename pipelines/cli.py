@@ -17,6 +17,7 @@ from pipelines import ingest_config as ingest_schema
 from pipelines import ledger_config as ledger_schema
 from pipelines import presets
 from pipelines import seeing_config as seeing_schema
+from pipelines import serve_config as serve_schema
 from pipelines import sweep_config as sweep_schema
 from pipelines.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, JepaError, UsageError
 from pipelines.progress import Reporter
@@ -162,6 +163,13 @@ VERBS = {
         "what a pretraining preset hides of real clips, before training",
         ("catalog",),
         ("run.dir",),
+    ),
+    "serve-planner": Verb(
+        serve_schema.ServePlannerConfig,
+        "pipelines.serve_planner",
+        "answer goal image + observation + state with an action, over HTTP",
+        ("model",),
+        (),
     ),
     "demo": Verb(schema.DemoConfig, "pipelines.demo", "all of the above at toy scale", ("source",), ("dir",)),
 }

@@ -6,7 +6,7 @@ The reference (facebookresearch/vjepa2, notebooks/utils/mpc_utils.py) reads the 
 under a dense block-causal mask, composes poses one sample at a time on the CPU through scipy, and computes in float32. Here both
 search with the same noise in one process and take turns, on one thread; processor time counts, and each one's fastest round.
 Operations are what torch counts in the same code on tensors without numbers (the meta device), for the small model and for the
-released size. "economical" is configs/plan/economical.yaml, started from the plan of the search before it; bf16 only where a row says.
+released size. "economical" is configs/plan/economical.yaml, started from a plan of the search before; bf16 where a row says so.
 """
 
 import argparse
@@ -170,7 +170,8 @@ def main() -> None:
         rollouts = config.samples * config.iterations
         print(json.dumps({
             "setting": f"{config.samples} x {config.iterations}, horizon {horizon}", "size": "released",
-            "flop": rounded(cached * rollouts), "reference flop": rounded(plain * rollouts), "flop ratio": rounded(cached / plain),
+            "flop": rounded(cached * rollouts), "reference flop": rounded(plain * rollouts),
+            "flop ratio": rounded(cached / plain),
         }))  # fmt: skip
 
 
