@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check chaos soak bench-core bench-heads bench-data bench-ingest bench-scale fuzz system clean
+.PHONY: demo test check chaos soak bench-core bench-heads bench-data bench-ingest bench-scale bench-plan fuzz system clean
 
 demo: $(INSTALLED) system
 	$(BIN)/jepa demo dir=runs/demo
@@ -49,6 +49,10 @@ bench-ingest: $(INSTALLED)
 # Catalogs of 0.1, 1 and 10 million videos: re-scan, epoch plan, diff, sample. Takes half an hour.
 bench-scale: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_scale.py $(ARGS)
+
+# Seconds and operations of a planned action beside the same search as the reference does it: make bench-plan ARGS="--size medium"
+bench-plan: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_plan.py $(ARGS)
 
 # 10,000 hostile files; `make test` reads 500 of them.
 fuzz: $(INSTALLED)

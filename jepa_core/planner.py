@@ -151,7 +151,7 @@ def energy(tokens: Tensor, goal: Tensor, config: PlannerConfig) -> Tensor:
 
 
 def unroll(predict: Predict, z: Tensor, state: Tensor, actions: Tensor) -> Tensor:
-    """Tokens [S, H, P, D] after each of the actions [S, H, 7] from tokens z [P, D] and state [7], all history read at each step."""
+    """Tokens [S, H, P, D] after each of the actions [S, H, 7] from tokens z [P, D] and state [7]; history is read each time."""
     samples, horizon = actions.shape[:2]
     tokens = z.expand(samples, 1, *z.shape)
     states = state.expand(samples, 1, -1)

@@ -19,6 +19,7 @@ from pipelines import ledger_config as ledger_schema
 from pipelines import offline_config as offline_schema
 from pipelines import presets
 from pipelines import seeing_config as seeing_schema
+from pipelines import serve_config as serve_schema
 from pipelines import sweep_config as sweep_schema
 from pipelines import trajectories_config as trajectories_schema
 from pipelines.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, JepaError, UsageError
@@ -208,6 +209,13 @@ VERBS = {
         "planned against recorded actions on held-out episodes",
         ("model", "trajectories"),
         ("run.dir",),
+    ),
+    "serve-planner": Verb(
+        serve_schema.ServePlannerConfig,
+        "pipelines.serve_planner",
+        "answer goal image + observation + state with an action, over HTTP",
+        ("model",),
+        (),
     ),
     "demo": Verb(schema.DemoConfig, "pipelines.demo", "all of the above at toy scale", ("source",), ("dir",)),
 }

@@ -21,6 +21,7 @@ REQUIRED = {
     "record": ["out=a"],
     "post-train": ["trajectories=a", "encoder=b", "run.dir=c", "train.steps=1"],
     "plan": ["model=a", "run.dir=b"],
+    "serve-planner": ["model=a"],
     "report": ["run=a"],
     "demo": [],
     "bench": ["what=probe", "run.dir=a"],
