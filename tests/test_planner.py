@@ -52,7 +52,7 @@ def test_each_method_finds_the_known_answer(settings, energy):
 
 @pytest.mark.parametrize("method", ["cem", "mppi", "gradient"])
 def test_no_action_leaves_its_bounds(method):
-    far = pose(x=1.0, y=-1.0, z=1.0, rx=1.0, gripper=1.0)
+    far = pose(x=1.0, y=-1.0, z=1.0, rx=1.0, gripper=5.0)
     got = found(far, method=method, samples=60, iterations=25, horizon=2, bounds={"z": [-0.01, 0.02]}, max_rotation=0.1, refine=3)
     expected = torch.tensor([0.075, -0.075, 0.02, 0.1, 0.0, 0.0, 0.75]).expand(2, 7)
     assert (got.mean.abs() <= torch.tensor([0.075, 0.075, 0.02, 0.1, 0.1, 0.1, 0.75]) + 1e-6).all()
