@@ -54,11 +54,13 @@ class CachedRollout:
         self.shared = torch.cat([predictor.state_encoder(state)[None].to(patches.dtype), patches])[None]
         self.first = _SharedBlock(predictor.predictor_blocks[0], self.shared, self._rope(1, patches.dtype))
 
-    def batch(self, horizon: int) -> int:
+    def batch(self, horizon: int, *, gradients: bool = False) -> int:
         """How many samples to roll out together: what stays in a CPU's caches, or fits into an accelerator's memory."""
         config, z = self.predictor.config, self.z
         tokens = len(z) + self.predictor.num_conditions
         wide = tokens * config.dim * (2 * config.mlp_ratio + 8) + 2 * config.heads * tokens * tokens * horizon
+        if gradients:
+            wide *= config.depth * horizon  # all that the backward pass will need
         if z.device.type != "cuda":
             return max(1, int(CPU_BYTES / (4 * wide)))
         cached = 2 * tokens * config.dim * config.depth * (horizon - 1) + 3 * horizon * z.numel()
