@@ -19,10 +19,11 @@ class ActionPredictor(nn.Module):
         self.config = config
         self.predictor_embed = nn.Linear(encoder_dim, config.dim)
         self.action_encoder = nn.Linear(config.action_dim, config.dim)
-        self.state_encoder = nn.Linear(config.state_dim, config.dim)
+        if config.use_state:
+            self.state_encoder = nn.Linear(config.state_dim, config.dim)
         if config.use_extrinsics:
             self.extrinsics_encoder = nn.Linear(config.state_dim - 1, config.dim)
-        self.num_conditions = 3 if config.use_extrinsics else 2
+        self.num_conditions = 1 + config.use_state + config.use_extrinsics
         self.predictor_blocks = make_blocks(config.dim, config.depth, config.heads, config.mlp_ratio)
         self.predictor_norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.predictor_proj = nn.Linear(config.dim, encoder_dim)
@@ -38,7 +39,8 @@ class ActionPredictor(nn.Module):
         """Tokens [B, T, P, D], actions [B, T, A], states [B, T, S] -> [B, T, P, D]; slot t predicts the tokens of step t+1.
 
         A token of step t sees all tokens of steps up to t (block-causal mask, built for the T in use). `extrinsics` [B, T, S-1]
-        is the camera's pose, where config.use_extrinsics asks for it. Raises ValueError where it is missing or not asked for.
+        is the camera's pose, where config.use_extrinsics asks for it; without config.use_state, states are not looked at.
+        Raises ValueError where extrinsics are missing or not asked for.
         """
         config = self.config
         if (extrinsics is not None) != config.use_extrinsics:
@@ -46,7 +48,9 @@ class ActionPredictor(nn.Module):
                 f"use_extrinsics={config.use_extrinsics}, but extrinsics are {'given' if extrinsics is not None else 'missing'}"
             )
         num_steps, num_patches = z.shape[1:3]
-        conditions = [self.action_encoder(actions * config.action_scale), self.state_encoder(states)]
+        conditions = [self.action_encoder(actions * config.action_scale)]
+        if config.use_state:
+            conditions.append(self.state_encoder(states))
         if extrinsics is not None:
             conditions.append(self.extrinsics_encoder(extrinsics))
         patches = self.predictor_embed(z)

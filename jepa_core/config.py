@@ -92,8 +92,10 @@ class ActionPredictorConfig:
     run has hundreds of steps instead of the paper's 94,500. 1.0 is the paper's."""
     predict_change: bool = False
     """Add the prediction to the present tokens instead of replacing them; the paper's model predicts the next tokens whole."""
+    use_state: bool = True
+    """A condition token holds the robot's state (proprioception), as in V-JEPA 2-AC; jepa-wms compares models without it."""
     use_extrinsics: bool = False
-    """A third condition token holds the camera's pose; the reference's option, off in the released model."""
+    """A further condition token holds the camera's pose; the reference's option, off in the released model."""
     activation_checkpointing: bool = False
 
 

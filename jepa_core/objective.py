@@ -24,6 +24,12 @@ def latent_l1(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target).abs().mean()
 
 
+def latent_distance(prediction: Tensor, target: Tensor, exponent: float = 1.0) -> Tensor:
+    """Mean of |difference| ** exponent / exponent over every axis of [..., D], float32: 1 for L1, 2 for L2 (vjepa2: loss_exp)."""
+    difference = (prediction.float() - target).abs()
+    return difference.mean() if exponent == 1.0 else difference.pow(exponent).mean() / exponent
+
+
 def latent_loss(
     prediction: Tensor,
     target: Tensor,
@@ -68,10 +74,24 @@ def action_losses(
     states: Tensor,
     rollout_steps: int,
     variant: RolloutVariant = "fixed",
+    exponent: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(teacher forcing, rollout) losses of V-JEPA 2-AC, section 3.1.
+    """(teacher forcing, rollout) losses of V-JEPA 2-AC, section 3.1: `latent_distance` of `action_predictions`."""
+    forced, rolled = action_predictions(predict, z, actions, states, rollout_steps, variant)
+    return latent_distance(forced, z[:, 1:], exponent), latent_distance(rolled, z[:, 1 : rollout_steps + 1], exponent)
 
-    z [B, T, P, D] normalised target tokens, actions [B, T-1, A], states [B, T, S]. `predict(z, a, s)` returns normalised tokens,
+
+def action_predictions(
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    z: Tensor,
+    actions: Tensor,
+    states: Tensor,
+    rollout_steps: int,
+    variant: RolloutVariant = "fixed",
+) -> tuple[Tensor, Tensor]:
+    """Tokens under teacher forcing [B, T-1, P, D] and in a rollout [B, rollout_steps, P, D], both from step 1 on.
+
+    z [B, T, P, D] target tokens, actions [B, T-1, A], states [B, T, S]. `predict(z, a, s)` returns tokens like the targets,
     slot t for step t+1. The rollout feeds predictions back for `rollout_steps` steps, with true states and with gradients
     through every step. `fixed` starts it from the prediction of step 1; `released` from that of step 2 in its place, the
     mistake under which the published weights were trained (vjepa2 PR 25), and needs three frames.
@@ -84,4 +104,4 @@ def action_losses(
     for step in range(1, rollout_steps):
         following = predict(rolled, actions[:, : step + 1], states[:, : step + 1])[:, -1:]
         rolled = torch.cat([rolled, following], dim=1)
-    return latent_l1(forced, z[:, 1:]), latent_l1(rolled[:, 1:], z[:, 1 : rollout_steps + 1])
+    return forced, rolled[:, 1:]

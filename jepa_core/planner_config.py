@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-Axis = Literal["x", "y", "z", "rx", "ry", "rz", "gripper"]
 AXES = ("x", "y", "z", "rx", "ry", "rz", "gripper")
 """The numbers of an action, in order: metres, radians (extrinsic xyz), closedness."""
 BACKWARD_COST = 2
@@ -26,9 +25,9 @@ class PlannerConfig:
     max_gripper: float = 0.75
     max_rotation: float = 0.0
     """Radians per axis; 0, as published: rotation is not searched."""
-    bounds: dict[Axis, list[float]] = field(default_factory=dict)
+    bounds: dict[str, list[float]] = field(default_factory=dict)
     """[low, high] of single axes, in place of the three bounds above."""
-    pinned: dict[Axis, float] = field(default_factory=dict)
+    pinned: dict[str, float] = field(default_factory=dict)
     """Axes that are not searched and have this value in every step."""
     close_gripper: int | None = None
     """From this step of the horizon on (0 is the first) the gripper is told to close, by 1.0."""

@@ -228,10 +228,11 @@ def _action_config(state: State, unseen: Unseen) -> ActionPredictorConfig:
     depth, hidden = _count(state, "predictor_blocks"), _shape(part, state, "predictor_blocks.0.mlp.fc1.weight")[0]
     known = _PUBLISHED_ACTION_PREDICTORS.get((dim, depth), 0)
     heads = _heads(part, (dim, depth), "predictor_heads", unseen.predictor_heads, known)
-    state_dim = _shape(part, state, "state_encoder.weight")[1]
+    sees_state = "state_encoder.weight" in state
     return ActionPredictorConfig(
-        dim=dim, depth=depth, heads=heads, mlp_ratio=_ratio(dim, hidden, []), action_dim=action_dim, state_dim=state_dim
-    )
+        dim=dim, depth=depth, heads=heads, mlp_ratio=_ratio(dim, hidden, []), action_dim=action_dim, use_state=sees_state,
+        state_dim=_shape(part, state, "state_encoder.weight")[1] if sees_state else 7,
+    )  # fmt: skip
 
 
 def _probe_config(state: State, unseen: Unseen) -> AttentiveConfig:

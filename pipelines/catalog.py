@@ -35,9 +35,12 @@ from pipelines.catalog_schema import (
     CatalogRef,
 )
 from pipelines.errors import InputRefused, Retryable, UsageError
+from pipelines.trajectories_schema import TRAJECTORIES, TRAJECTORY_SCHEMA
 
-KEYS = {VIDEOS: "id", QUARANTINE: "id", RUNS: "run"}
-SCHEMAS = {VIDEOS: VIDEO_SCHEMA, QUARANTINE: QUARANTINE_SCHEMA, RUNS: RUN_SCHEMA}
+KEYS = {VIDEOS: "id", QUARANTINE: "id", RUNS: "run", TRAJECTORIES: "id"}
+SCHEMAS = {VIDEOS: VIDEO_SCHEMA, QUARANTINE: QUARANTINE_SCHEMA, RUNS: RUN_SCHEMA, TRAJECTORIES: TRAJECTORY_SCHEMA}
+VIDEO_TABLES = (VIDEOS, QUARANTINE, RUNS)
+ALL_TABLES = (*VIDEO_TABLES, TRAJECTORIES)
 STANDS = pc.field("status") == CURRENT
 """Rows of items that stand in their source now."""
 KEPT = STANDS & pc.field("keep")
@@ -69,11 +72,19 @@ def pin(ref: CatalogRef) -> CatalogRef:
 def open_table(ref: CatalogRef, name: str) -> DeltaTable:
     """One table: `videos` at the reference's version, `quarantine` as it stood then, `runs` always at its newest.
 
+    Versions of `trajectories` are its own: there the reference's version is one of that table.
+
     Raises InputRefused when there is no catalog, UsageError when there is no such version, Retryable for storage errors.
     """
     if name == QUARANTINE and ref.version is not None:
         ref = CatalogRef(ref.uri, _quarantine_version(ref))
     return _open(ref, name, None if name == RUNS else ref.version)
+
+
+def has_trajectories(uri: str) -> bool:
+    """Whether a catalog with the table `trajectories` stands there."""
+    where = storage.join(uri, TRAJECTORIES)
+    return bool(_retried(uri, lambda: DeltaTable.is_deltatable(where, storage_options=storage.delta_options(where))))
 
 
 def batches(
@@ -176,11 +187,16 @@ def _index_part(
 def compact(ref: CatalogRef) -> dict[str, int]:
     """Rewrite small files of all tables into large ones; every version stays readable. Returns files removed and added."""
     removed = added = 0
-    for name in SCHEMAS:
+    for name in _tables(ref):
         metrics = _retried(ref.uri, partial(_compact, ref, name))
         removed += metrics["numFilesRemoved"]
         added += metrics["numFilesAdded"]
     return {"files_removed": removed, "files_added": added}
+
+
+def _tables(ref: CatalogRef) -> tuple[str, ...]:
+    """Names of the tables that a catalog has."""
+    return ALL_TABLES if has_trajectories(ref.uri) else VIDEO_TABLES
 
 
 def _compact(ref: CatalogRef, name: str) -> dict[str, int]:
@@ -201,7 +217,7 @@ def vacuum(ref: CatalogRef, retention_hours: float, *, dry_run: bool = False) ->
     if before is not None:  # reading an item again gives its row another pack: older versions still need the one of before
         named |= _named_packs(CatalogRef(ref.uri, before))
     removed = {}
-    for name in SCHEMAS:
+    for name in _tables(ref):
         table = _open(ref, name, None)
         clean = partial(table.vacuum, math.ceil(retention_hours), dry_run=dry_run, enforce_retention_duration=False, full=True)
         removed[name] = len(_retried(ref.uri, clean))
@@ -228,14 +244,14 @@ def _version_before(ref: CatalogRef, hours: float) -> int | None:
 class Writer:
     """Commits of one ingest run. Tables are created on first use; every write is a compare-and-swap."""
 
-    def __init__(self, ref: CatalogRef, run: str) -> None:
+    def __init__(self, ref: CatalogRef, run: str, tables: Sequence[str] = VIDEO_TABLES) -> None:
         self.ref = CatalogRef(ref.uri, None)
         self.run = run
         self._alone: dict[str, int] = {}
         """Table -> its version, as long as nobody else has written since the caller read it."""
-        for name, schema in SCHEMAS.items():
+        for name in tables:
             uri = storage.join(self.ref.uri, name)
-            create = partial(DeltaTable.create, uri, schema, mode="ignore", storage_options=storage.delta_options(uri))
+            create = partial(DeltaTable.create, uri, SCHEMAS[name], mode="ignore", storage_options=storage.delta_options(uri))
             _retried(self.ref.uri, create)
 
     def seen(self, name: str) -> None:
@@ -336,7 +352,8 @@ def _open(ref: CatalogRef, name: str, version: int | None) -> DeltaTable:
                 raise UsageError(f"{ref}: no such version: the newest is @{table.version()}; leave it out for the newest")
             return table if version is None else DeltaTable(uri, version=version, storage_options=storage.delta_options(uri))
         except deltalake.exceptions.TableNotFoundError as error:
-            raise InputRefused(f"{ref.uri} holds no catalog: run `jepa ingest source=... catalog={ref.uri}` first") from error
+            verb, what = ("ingest trajectories", f"table {name}") if name == TRAJECTORIES else ("ingest", "catalog")
+            raise InputRefused(f"{ref.uri} holds no {what}: run `jepa {verb} source=... catalog={ref.uri}` first") from error
 
     return _retried(ref.uri, attempt)
 

@@ -15,10 +15,12 @@ from pipelines import config as schema
 from pipelines import evaluate_config as evaluate_schema
 from pipelines import ingest_config as ingest_schema
 from pipelines import ledger_config as ledger_schema
+from pipelines import offline_config as offline_schema
 from pipelines import presets
 from pipelines import seeing_config as seeing_schema
 from pipelines import serve_config as serve_schema
 from pipelines import sweep_config as sweep_schema
+from pipelines import trajectories_config as trajectories_schema
 from pipelines.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, JepaError, UsageError
 from pipelines.progress import Reporter
 
@@ -170,6 +172,42 @@ VERBS = {
         "answer goal image + observation + state with an action, over HTTP",
         ("model",),
         (),
+    ),
+    "ingest trajectories": Verb(
+        trajectories_schema.TrajectoriesConfig,
+        "pipelines.ingest_trajectories",
+        "episodes of robots (DROID raw, RLDS, LeRobot v3) into a catalog",
+        ("source",),
+        ("catalog",),
+    ),
+    "export": Verb(
+        trajectories_schema.ExportConfig,
+        "pipelines.export",
+        "trajectories as a LeRobot v3 dataset, or for rerun",
+        ("trajectories",),
+        ("out",),
+        ("format",),
+    ),
+    "evaluate rollout": Verb(
+        offline_schema.RolloutEvaluationConfig,
+        "pipelines.evaluate_rollout",
+        "a world model's error against horizon, and the frames that it means",
+        ("model", "trajectories"),
+        ("run.dir",),
+    ),
+    "evaluate energy": Verb(
+        offline_schema.EnergyConfig,
+        "pipelines.evaluate_energy",
+        "a world model's energy over a grid of actions around the recorded one",
+        ("model", "trajectories"),
+        ("run.dir",),
+    ),
+    "evaluate action-score": Verb(
+        offline_schema.ActionScoreConfig,
+        "pipelines.evaluate_action_score",
+        "planned against recorded actions on held-out episodes",
+        ("model", "trajectories"),
+        ("run.dir",),
     ),
     "demo": Verb(schema.DemoConfig, "pipelines.demo", "all of the above at toy scale", ("source",), ("dir",)),
 }

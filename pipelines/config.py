@@ -154,10 +154,28 @@ class PostTrainConfig:
     fps: float = 4.0
     holdout: float = 0.1
     """Share of the episodes that is kept for measuring rollouts."""
+    starts: Literal["any", "grid"] = "any"
+    """Where a clip may begin. any: at any time of an episode. grid: at whole multiples of 1 / fps, so that only fps frames a
+    second are ever shown, and a cache of latents is that much smaller."""
+    crop: Literal["auto", "square", "reference"] = "auto"
+    """square: the largest centred one; reference: V-JEPA 2-AC's box, up to 1.35 times as wide as high, squeezed to a square.
+    auto: reference with time_base=header, else square."""
+    crop_size: int = 0
+    """Side of a frame in pixels; 0 takes the encoder's."""
+    camera_frame: bool = False
+    """States, and so actions, in the camera's frame instead of the robot's base."""
+    normalize_reps: bool = True
+    """LayerNorm without weights over every token, of the encoder and of the prediction."""
+    latents: Literal["online", "cached"] = "online"
+    """online: the workers encode what they are shown. cached: tokens of all frames are computed once, into latents_dir."""
+    latents_dir: str | None = None
+    """Where cached tokens lie, for several runs to share; by default in the run."""
     predictor: ActionPredictorConfig = field(default_factory=ActionPredictorConfig)
     rollout_steps: int = 2
     rollout_variant: Literal["fixed", "released"] = "fixed"
     """released repeats the mistake that the published V-JEPA 2-AC weights were trained with (vjepa2 PR 25)."""
+    loss_exp: float = 1.0
+    """Of the difference in both losses: 1 is L1, 2 is L2."""
     run: RunConfig = field(default_factory=RunConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -170,6 +188,19 @@ class PostTrainConfig:
         _check_heads("predictor", self.predictor.dim, self.predictor.heads)
         if not 1 <= self.rollout_steps < self.num_frames:
             raise UsageError(f"rollout_steps={self.rollout_steps} must be 1 to num_frames-1={self.num_frames - 1}")
+        if self.rollout_variant == "released" and self.num_frames < 3:
+            raise UsageError(f"rollout_variant=released needs num_frames=3 or more, not {self.num_frames}")
+        if not 0 < self.loss_exp < float("inf") or not 0 < self.fps < float("inf") or not 0 < self.holdout < 1:
+            raise UsageError("loss_exp and fps must be positive, holdout a share between 0 and 1")
+        if self.starts == "grid" and self.time_base == "header":
+            raise UsageError("starts=grid counts in seconds: use time_base=physical")
+        if self.latents_dir and self.latents == "online":
+            raise UsageError(f"latents_dir={self.latents_dir} says where cached tokens lie: give latents=cached with it")
+
+    @property
+    def needs_cameras(self) -> bool:
+        """Whether the camera's pose is read beside the states."""
+        return self.camera_frame or self.predictor.use_extrinsics
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def version(uri: str) -> str | None:
     if not storage.exists(storage.join(uri, INFO)):
         return None
     try:
-        found = _info(uri).get("codebase_version")
+        found = read_info(uri).get("codebase_version")
     except InputRefused:
         return None  # some other meta/info.json
     return found if isinstance(found, str) else None
@@ -44,7 +44,7 @@ def check_version(uri: str) -> None:
     if not found.startswith("v3"):
         raise InputRefused(
             f"{uri} is a LeRobot dataset of version {found}: convert it with lerobot's convert_dataset_v21_to_v30 script, "
-            "or take its files as plain videos with kind=prefix"
+            "or take its files as plain videos with `jepa ingest kind=prefix`"
         )
 
 
@@ -53,14 +53,14 @@ def video_files(uri: str) -> Iterator[VideoFile]:
 
     Raises InputRefused for metadata that is missing or makes no sense.
     """
-    info = _info(uri)
+    info = read_info(uri)
     features = info.get("features")
     features = features if isinstance(features, dict) else {}
     keys = sorted(key for key, feature in features.items() if isinstance(feature, dict) and feature.get("dtype") == "video")
     if not keys:
         raise InputRefused(f"{uri}/{INFO} names no feature of dtype video: a dataset of images in Parquet is not supported")
     columns = {key: [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")] for key in keys}
-    episodes = _episodes(uri, [name for names in columns.values() for name in names])
+    episodes = read_episodes(uri, [name for names in columns.values() for name in names])
     for key in keys:
         chunk, file, start = (_numbers(episodes[name]) for name in columns[key])
         with_video = np.isfinite(chunk) & np.isfinite(file)
@@ -74,11 +74,12 @@ def video_files(uri: str) -> Iterator[VideoFile]:
         ends = np.cumsum(np.bincount(where.reshape(-1), minlength=len(named)))
         starts = np.split(start[with_video][by_file], ends[:-1])
         for (chunk_index, file_index), seconds in zip(named.tolist(), starts, strict=True):
-            path = _path(uri, info.get("video_path"), key, chunk_index, file_index)
+            path = fill_path(uri, info.get("video_path"), key, chunk_index, file_index)
             yield VideoFile(storage.join(uri, path), key, np.unique(seconds[seconds > 0]).tolist())
 
 
-def _info(uri: str) -> dict[str, Any]:
+def read_info(uri: str) -> dict[str, Any]:
+    """meta/info.json. Raises InputRefused."""
     where = storage.join(uri, INFO)
     try:
         info = json.loads(storage.read_bytes(where))
@@ -89,7 +90,8 @@ def _info(uri: str) -> dict[str, Any]:
     return info
 
 
-def _episodes(uri: str, columns: list[str]) -> pa.Table:
+def read_episodes(uri: str, columns: list[str]) -> pa.Table:
+    """These columns of the episode table. Raises InputRefused where one is missing or a file is damaged."""
     parts = []
     for found in storage.list_files(storage.join(uri, EPISODES), (".parquet",)):
         with storage.open_file(found.uri, size=found.size, etag=found.etag) as file:
@@ -113,10 +115,10 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
         raise InputRefused(f"an episode's place in its video is of type {column.type}, not a number") from error
 
 
-def _path(uri: str, template: Any, key: str, chunk: int, file: int) -> str:
-    """The template filled in. Not by str.format: that would let a dataset reach into objects and pad without bound."""
+def fill_path(uri: str, template: Any, key: str, chunk: int, file: int) -> str:
+    """A template of `info` filled in. Not by str.format: that would let a dataset reach into objects and pad without bound."""
     values = {"video_key": key, "chunk_index": str(chunk), "file_index": str(file)}
     path = _FIELD.sub(lambda field: values[field[1]].zfill(int(field[2] or 0)), template) if isinstance(template, str) else "{"
     if "{" in path or "}" in path or ".." in path.split("/"):
-        raise InputRefused(f"{uri}/{INFO}: video_path {template!r} is no template of paths inside the dataset")
+        raise InputRefused(f"{uri}/{INFO}: the path {template!r} is no template of paths inside the dataset")
     return path

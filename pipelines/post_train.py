@@ -1,4 +1,7 @@
-"""jepa post-train: V-JEPA 2-AC. On frozen features, an action-conditioned predictor learns what a robot's motion does to them."""
+"""jepa post-train: V-JEPA 2-AC. On frozen features, an action-conditioned predictor learns what a robot's motion does to them.
+
+Legend: B clips, T frames of a clip, P patches of a frame, D encoder width.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from jepa_core.action_predictor import ActionPredictor
-from jepa_core.config import PATCH_SIZE
+from jepa_core.camera_frames import to_camera
 from jepa_core.encoder import VisionTransformer
-from jepa_core.objective import action_losses, latent_l1, normalize_targets
-from jepa_core.poses import compose, deltas
+from jepa_core.health import CLIPS, FEATURES, HEALTH_TOKENS, feature_std
+from jepa_core.objective import action_predictions, latent_distance, latent_l1, normalize_targets
+from jepa_core.poses import deltas
 from jepa_core.positions import Grid
 from pipelines import model_folder, pretrain, ray_session, run_folder, storage
 from pipelines.config import PostTrainConfig, PretrainConfig
@@ -20,7 +24,6 @@ from pipelines.errors import InputRefused
 from pipelines.presets import from_tree
 from pipelines.progress import Reporter
 from pipelines.trackers import check_trackers
-from pipelines.video import frame_patches
 
 if TYPE_CHECKING:
     from pipelines.units import Unit
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 PREDICTOR = "predictor"
 ENCODER_FILE = "encoder.safetensors"
 ENCODER_CONFIG = "encoder.json"
+LATENTS, LATENT_FAILURES = "latents", "latent_failures.json"
 HELD_OUT_CLIPS = 64
 
 
@@ -39,44 +43,77 @@ class WorldModel:
     predictor: ActionPredictor
     crop_size: int
     fps: float
+    normalize: bool = True
+    crop: str = "auto"
+    camera_frame: bool = False
+    """States and actions are those of the camera's frame: jepa_core.camera_frames brings them there."""
+
+    @property
+    def side(self) -> int:
+        """Patches along the side of a frame."""
+        return self.crop_size // self.encoder.config.patch_size
 
     def encode(self, frames: Tensor) -> Tensor:
-        """uint8 patches [B, T*P, 768] of still frames -> normalised tokens [B, T, P, D]."""
-        side = self.crop_size // PATCH_SIZE
-        return encode_frames(self.encoder, frames, side)
+        """uint8 patches [B, T*P, 3*patch*patch] of still frames -> tokens [B, T, P, D] as the predictor knows them."""
+        tokens = encode_patches(self.encoder, frames, self.side)
+        return normalize_targets(tokens) if self.normalize else tokens
 
-    def predict(self, z: Tensor, actions: Tensor, states: Tensor) -> Tensor:
-        """Normalised tokens of the next steps [B, T, P, D]; see jepa_core.planner.Predict."""
-        side = self.crop_size // PATCH_SIZE
-        return normalize_targets(self.predictor(z, actions, states, (side, side)))
+    def predict(self, z: Tensor, actions: Tensor, states: Tensor, extrinsics: Tensor | None = None) -> Tensor:
+        """Tokens of the next steps [B, T, P, D]; see jepa_core.planner.Predict. `extrinsics` [B, T, 6] where it saw them."""
+        found = self.predictor(z, actions, states, (self.side, self.side), extrinsics)
+        return normalize_targets(found) if self.normalize else found
 
 
 @torch.no_grad()
-def encode_frames(encoder: VisionTransformer, patches: Tensor, side: int) -> Tensor:
-    """Encode each frame alone, as one tubelet step: uint8 [B, T*P, 768] -> normalised tokens [B, T, P, D]."""
-    per_frame = side * side
-    frames = patches.unflatten(1, (-1, per_frame)).flatten(0, 1)
-    tokens = encoder(frames, Grid(1, side, side))
-    return normalize_targets(tokens).unflatten(0, (patches.shape[0], -1))
+def encode_patches(encoder: VisionTransformer, patches: Tensor, side: int, *, bf16: bool = False) -> Tensor:
+    """Encode each frame alone, as one tubelet step: uint8 [B, T*P, 3*patch*patch] -> float32 [B, T, P, D], not normalised.
+
+    On a GPU under bf16 autocast where `bf16` says so, as the reference does.
+    """
+    frames = patches.unflatten(1, (-1, side * side)).flatten(0, 1)
+    with torch.autocast(patches.device.type, torch.bfloat16, enabled=bf16 and patches.device.type != "cpu"):
+        tokens = encoder(frames, Grid(1, side, side))
+    return tokens.float().unflatten(0, (patches.shape[0], -1))
 
 
 class PostTraining(nn.Module):
-    """The predictor with the loss as forward. It is all that is trained and saved; the encoder is held beside it."""
+    """The predictor with the loss as forward. It is all that is trained and saved; the encoder is held beside it, if at all."""
 
     def __init__(self, config: PostTrainConfig, encoder_dim: int, side: int) -> None:
         super().__init__()
         self.side, self.rollout_steps, self.variant = side, config.rollout_steps, config.rollout_variant
+        self.normalize, self.exponent = config.normalize_reps, config.loss_exp
         self.predictor = ActionPredictor(config.predictor, encoder_dim)
 
-    def forward(self, z: Tensor, states: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Tokens [B, T, P, D], states [B, T, 7] -> (teacher forcing + rollout loss, numbers to log)."""
+    def forward(
+        self, z: Tensor, states: Tensor, extrinsics: Tensor | None = None, measure: bool = True
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Tokens [B, T, P, D], states [B, T, 7] -> (teacher forcing + rollout loss, numbers to log).
+
+        `extrinsics` [B, T, 6] where the predictor sees them; with `measure` the numbers have a sample of predicted tokens.
+        """
 
         def predict(tokens: Tensor, actions: Tensor, seen: Tensor) -> Tensor:
-            return normalize_targets(self.predictor(tokens, actions, seen, (self.side, self.side)))
+            poses = None if extrinsics is None else extrinsics[:, : tokens.shape[1]]
+            found = self.predictor(tokens, actions, seen, (self.side, self.side), poses)
+            return normalize_targets(found) if self.normalize else found
 
-        forced, rolled = action_losses(predict, z, deltas(states), states, self.rollout_steps, self.variant)
-        copy_last = latent_l1(z[:, :-1], z[:, 1:])
-        return forced + rolled, {"teacher_forcing": forced, "rollout": rolled, "copy_last": copy_last}
+        predicted, fed_back = action_predictions(predict, z, deltas(states), states, self.rollout_steps, self.variant)
+        forced = latent_distance(predicted, z[:, 1:], self.exponent)
+        rolled = latent_distance(fed_back, z[:, 1 : self.rollout_steps + 1], self.exponent)
+        numbers: dict[str, Any] = {"teacher_forcing": forced, "rollout": rolled}
+        numbers[CLIPS] = predicted.detach().float().mean(dim=(1, 2))
+        if measure:
+            copied = latent_distance(z[:, :-1], z[:, 1:], self.exponent)
+            numbers |= {"copy_last": copied, "loss_over_copy": forced.detach() / copied.clamp_min(1e-12)}
+            numbers |= {FEATURES: _sampled(predicted.detach()), "target_std": feature_std(_sampled(z[:, 1:]))}
+        return forced + rolled, numbers
+
+
+def _sampled(tokens: Tensor) -> Tensor:
+    """HEALTH_TOKENS of [..., D] at most, evenly spread: [R, D]."""
+    rows = tokens.flatten(0, -2)
+    return rows[:: max(1, len(rows) // HEALTH_TOKENS)][:HEALTH_TOKENS]
 
 
 class PostTrainTask:
@@ -86,20 +123,35 @@ class PostTrainTask:
     leaves_unused = False
 
     def __init__(self, config: PostTrainConfig, device: torch.device) -> None:
-        self.device, self.num_frames = device, config.num_frames
-        encoder, source = load_frozen_encoder(config.run.dir)
-        self.encoder = encoder.to(device)
-        self.side = source.clip.crop_size // PATCH_SIZE
-        self.module = PostTraining(config, source.model.encoder.dim, self.side).to(device)
+        self.config, self.device = config, device
+        source = frozen_config(config.run.dir)
+        self.encoder, self.dim = None, source.model.encoder.dim
+        if config.latents == "online":
+            self.encoder = load_frozen_encoder(config.run.dir)[0].to(device)
+        self.patch_size = source.model.encoder.patch_size
+        self.side = (config.crop_size or source.clip.crop_size) // self.patch_size
+        self.module = PostTraining(config, self.dim, self.side).to(device)
 
-    def tensors(self, unit: "Unit") -> tuple[Tensor, Tensor]:
-        """Encodes the frames; actions are computed from the states inside the module."""
-        from pipelines.trajectories import PATCHES, STATES
+    def tensors(self, unit: "Unit") -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        """Tokens, encoded here or read; actions are computed from the states inside the module."""
+        from pipelines import post_train_data as data
 
-        patches = unit.array(PATCHES, np.uint8, (len(unit.samples), self.num_frames * self.side**2, PATCH_SIZE**2 * 3))
-        states = unit.array(STATES, np.float32, (len(unit.samples), self.num_frames, -1))
-        z = encode_frames(self.encoder, torch.from_numpy(patches).to(self.device), self.side)
-        return z, torch.from_numpy(states).to(self.device)
+        config, clips, patches = self.config, len(unit.samples), self.side**2
+        if self.encoder is None:
+            read = unit.array(data.LATENTS, np.float16, (clips, config.num_frames, patches, self.dim))
+            z = torch.from_numpy(read).to(self.device).float()
+        else:
+            values = self.patch_size**2 * 3
+            pixels = torch.from_numpy(unit.array(data.PATCHES, np.uint8, (clips, config.num_frames * patches, values)))
+            z = encode_patches(self.encoder, pixels.to(self.device), self.side, bf16=config.train.precision == "bf16")
+        states = torch.from_numpy(unit.array(data.STATES, np.float32, (clips, config.num_frames, -1))).to(self.device)
+        cameras = None
+        if config.needs_cameras:
+            cameras = torch.from_numpy(unit.array(data.CAMERAS, np.float32, (clips, config.num_frames, 6))).to(self.device)
+        if config.camera_frame:
+            states = to_camera(states, cameras)
+        z = normalize_targets(z) if config.normalize_reps else z
+        return z, states, cameras if config.predictor.use_extrinsics else None, config.train.logs(unit.step + 1)
 
     def after_step(self, step: int) -> None:
         """Nothing follows a step."""
@@ -116,18 +168,14 @@ def run(config: PostTrainConfig, reporter: Reporter) -> dict[str, Any]:
     """Train to `train.steps`, then measure rollouts. Returns the last losses."""
     run_dir = storage.normalize(config.run.dir)
     config = replace(config, encoder=storage.normalize(config.encoder), trajectories=storage.normalize(config.trajectories),
+                     latents_dir=config.latents_dir and storage.normalize(config.latents_dir),
                      run=replace(config.run, dir=run_dir), train=run_folder.resolved(config.train, run_dir))  # fmt: skip
     check_trackers(config.train.trackers, run_dir)
-    frozen = pretrain.load_encoder(config.encoder)
-    source = frozen[1]
-    if source.model.encoder.patch_size != PATCH_SIZE:
-        raise InputRefused(
-            f"{config.encoder} has patches of {source.model.encoder.patch_size} pixels, post-training cuts {PATCH_SIZE}"
-        )
+    source = _checked_source(config)
     start = run_folder.begin(config.run, config)
     with ray_session.session(config.ray):
         if start == 0:
-            _freeze_encoder(*frozen, config.run.dir)
+            _freeze_encoder(*pretrain.load_encoder(config.encoder), config.run.dir)
         if start < config.train.end:
             _fit(config, source, reporter)
         if run_folder.read_json(config.run.dir, run_folder.RESULT) is None:
@@ -138,6 +186,16 @@ def run(config: PostTrainConfig, reporter: Reporter) -> dict[str, Any]:
     rollout = run_folder.read_json(config.run.dir, run_folder.RESULT)["rollout"]
     horizons = {f"rollout_{name}": rollout[name][-1] for name in ("model", "copy_last", "shuffled_actions")}
     return {"run": config.run.dir, "step": max(start, config.train.end), **last, **horizons}
+
+
+def _checked_source(config: PostTrainConfig) -> PretrainConfig:
+    """The encoder's configuration: that of before where the run stands. The weights are not kept in this process."""
+    from pipelines.post_train_data import clips_of
+
+    frozen = run_folder.latest_checkpoint(config.run.dir) is not None
+    source = frozen_config(config.run.dir) if frozen else pretrain.load_encoder(config.encoder)[1]
+    clips_of(config, source)
+    return source
 
 
 def split_episodes(episodes: Any, holdout: float) -> tuple[Any, Any]:
@@ -153,52 +211,53 @@ def measure_rollout(config: PostTrainConfig) -> dict[str, list[float]]:
     """Latent L1 error against horizon on held-out episodes: the model, copying the first frame, and the model under the
     actions of another clip. A model that ignores its actions shows in the last.
     """
-    from pipelines import trajectories
+    from pipelines import offline, trajectories
 
     world = load_world_model(config.run.dir)
     _, held_out = split_episodes(trajectories.usable(trajectories.load_index(config.run.dir)), config.holdout)
-    clips = []
-    for n in range(min(HELD_OUT_CLIPS, 4 * held_out.num_rows)):
-        row, frames = trajectories.sample_trajectory(held_out, n, config.num_frames, config.fps, config.seed)
-        clips.append(trajectories.read_frames(held_out, row, frames, world.crop_size))
-    z = world.encode(torch.stack([torch.from_numpy(frame_patches(images)) for images, _ in clips]))
-    states = torch.stack([torch.from_numpy(state) for _, state in clips])
+    clips = offline.clips_for(config, world, config.num_frames, config.seed)
+    shown = offline.read(held_out, range(min(HELD_OUT_CLIPS, 4 * held_out.num_rows)), clips, world)
+    z, states = shown.z, shown.states
     actions = deltas(states)
     result: dict[str, list[float]] = {"horizon": list(range(1, config.num_frames)), "model": [], "copy_last": [],
                                       "shuffled_actions": []}  # fmt: skip
-    rolled = {"model": z[:, :1], "shuffled_actions": z[:, :1]}
-    given = {"model": actions, "shuffled_actions": actions.roll(1, dims=0)}
-    seen = {"model": states[:, :1], "shuffled_actions": states[:, :1]}
+    other = actions.roll(1, dims=0)
+    found = {"model": offline.rollout(world, shown, actions), "shuffled_actions": offline.rollout(world, shown, other)}
     for step in range(1, config.num_frames):
-        for name, tokens in rolled.items():
-            following = world.predict(tokens, given[name][:, :step], seen[name])[:, -1:]
-            rolled[name] = torch.cat([tokens, following], dim=1)
-            seen[name] = torch.cat([seen[name], compose(seen[name][:, -1:], given[name][:, step - 1 : step])], dim=1)
-            result[name].append(latent_l1(following, z[:, step : step + 1]).item())
-        result["copy_last"].append(latent_l1(z[:, :1], z[:, step : step + 1]).item())
+        for name, tokens in found.items():
+            result[name].append(latent_l1(tokens[:, step - 1], z[:, step]).item())
+        result["copy_last"].append(latent_l1(z[:, 0], z[:, step]).item())
     return result
 
 
-def load_frozen_encoder(run_dir: str) -> tuple[VisionTransformer, PretrainConfig]:
-    """The encoder that a post-training run keeps in its folder, frozen, and its pretraining configuration."""
-    from safetensors.torch import load
-
+def frozen_config(run_dir: str) -> PretrainConfig:
+    """The pretraining configuration of the encoder that a post-training run keeps in its folder."""
     tree = run_folder.read_json(run_dir, ENCODER_CONFIG)
     if tree is None:
         raise InputRefused(f"{run_dir} is not a post-training run (no {ENCODER_CONFIG}): check the path")
-    source = from_tree(PretrainConfig, tree, f"{run_dir}/{ENCODER_CONFIG} is damaged")
+    return from_tree(PretrainConfig, tree, f"{run_dir}/{ENCODER_CONFIG} is damaged")
+
+
+def load_frozen_encoder(run_dir: str) -> tuple[VisionTransformer, PretrainConfig]:
+    """The same with the encoder, in eval mode."""
+    from safetensors.torch import load
+
+    source = frozen_config(run_dir)
     encoder = VisionTransformer(source.model.encoder).eval().requires_grad_(False)
     encoder.load_state_dict(load(storage.read_bytes(storage.join(run_dir, ENCODER_FILE))))
     return encoder, source
 
 
-def load_world_model(run_dir: str) -> WorldModel:
-    """Encoder and predictor of a finished or running post-training run, in eval mode."""
+def load_world_model(uri: str) -> WorldModel:
+    """Encoder and predictor of a finished or running post-training run, or of one of its checkpoints, in eval mode."""
+    at = run_folder.checkpoint_at(uri)
+    run_dir, checkpoint = at or (storage.normalize(uri), None)
     config = run_folder.config_of(run_dir, PostTrainConfig, "post-training")
     encoder, source = load_frozen_encoder(run_dir)
     predictor = ActionPredictor(config.predictor, source.model.encoder.dim).eval().requires_grad_(False)
-    predictor.load_state_dict(run_folder.load_weights(run_folder.require_checkpoint(run_dir), PREDICTOR))
-    return WorldModel(encoder, predictor, source.clip.crop_size, config.fps)
+    predictor.load_state_dict(run_folder.load_weights(checkpoint or run_folder.require_checkpoint(run_dir), PREDICTOR))
+    size = config.crop_size or source.clip.crop_size
+    return WorldModel(encoder, predictor, size, config.fps, config.normalize_reps, config.crop, config.camera_frame)
 
 
 def _freeze_encoder(encoder: VisionTransformer, source: PretrainConfig, run_dir: str) -> None:
@@ -208,25 +267,46 @@ def _freeze_encoder(encoder: VisionTransformer, source: PretrainConfig, run_dir:
 
 
 def _fit(config: PostTrainConfig, source: PretrainConfig, reporter: Reporter) -> None:
-    from pipelines import train, trajectories
+    from pipelines import post_train_data, train, trajectories
     from pipelines.train_worker import Loop
 
     index = trajectories.load_index(config.run.dir)
     if index is None:
         span = (config.num_frames - 1) / config.fps
         index = trajectories.index_episodes(config.trajectories, config.time_base, span)
+        if config.needs_cameras:
+            index = post_train_data.with_cameras(index)
         trajectories.save_index(index, config.run.dir)
-    episodes, _ = split_episodes(trajectories.usable(index), config.holdout)
-    size = source.clip.crop_size
-
-    def dataset(first_step: int, fillers: int) -> Any:
-        return trajectories.trajectory_dataset(
-            episodes, config.num_frames, config.fps, size, config.seed, config.train.batch_size, config.train.microbatches,
-            first_step, config.train.end, fillers, config.data,
-        )  # fmt: skip
-
+    usable = trajectories.usable(index)
+    if not usable.num_rows:
+        raise InputRefused(f"{config.trajectories}: no episode says where its camera stands: {index['detail'][0].as_py()}")
+    episodes, _ = split_episodes(usable, config.holdout)
+    clips, tokens = post_train_data.clips_of(config, source), None
     if config.ray.address is None:
         train.check_slots(config.train)
+    if config.latents == "cached":
+        episodes = _cached(config, episodes, clips, reporter)
+        tokens = post_train_data.Tokens(clips.patches, source.model.encoder.dim)
+
+    def dataset(first_step: int, fillers: int) -> Any:
+        return post_train_data.dataset(config, episodes, clips, tokens, first_step, fillers)
+
     told = {"trajectories": config.trajectories, "encoder": config.encoder}
     loop = Loop(partial(PostTrainTask, config), config.train, config.optim, config.run.dir, config.seed, told)
     train.fit(loop, dataset, "post-train", reporter, config)
+
+
+def _cached(config: PostTrainConfig, episodes: Any, clips: Any, reporter: Reporter) -> Any:
+    """The episodes with where their tokens lie; what was not encoded yet is."""
+    from pipelines import latents
+
+    encoder, _ = load_frozen_encoder(config.run.dir)
+    folder = config.latents_dir or storage.join(config.run.dir, LATENTS)
+    bf16 = config.train.precision == "bf16"
+    gpus = 1.0 if config.train.use_gpu else 0.0
+    episodes, failed = latents.fill(episodes, clips, encoder, folder, reporter, num_gpus=gpus, bf16=bf16)
+    if failed:
+        run_folder.write_json(config.run.dir, LATENT_FAILURES, failed)
+        told = f"{len(failed)} frames have no tokens, first {failed[0]['uri']} frame {failed[0]['frame']} ({failed[0]['reason']})"
+        reporter.event("warning", message=f"{told}: see {LATENT_FAILURES}; clips that show one are replaced")
+    return episodes

@@ -16,6 +16,7 @@ KINDS = {
     "pretrain": {"model", "clip", "catalog"},
     "sweep": {"masks", "base"},
     "post-train": {"trajectories", "encoder"},
+    "offline": {"model", "clips"},
     "plan": {"planner"},
     "evaluate": {"model", "controls"},
     "pictures": {"model", "footage"},

@@ -53,6 +53,23 @@ def pictures(section: Section) -> None:
         section.attempt(picture["file"], lambda picture=picture: _picture(section, group, picture))
 
 
+def offline(section: Section) -> None:
+    """Lay out `jepa evaluate rollout`, `energy` or `action-score`: its table and its pictures."""
+    result = run_folder.read_json(section.run_dir, run_folder.RESULT)
+    if not isinstance(result, dict):
+        section.lead = "A world model on held-out episodes."
+        section.notes.append(NOT_YET)
+        return
+    section.lead = result["lead"]
+    section.cards += [Card(name.replace("_", " "), f"{value:.3g}", result["task"]) for name, value in result["summary"].items()]
+    group = Group(str(result["task"]).capitalize())
+    section.groups.append(group)
+    caption = f"{result['title'].capitalize()}; intervals at 95 %, a bootstrap over held-out episodes."
+    group.tables.append(Table(result["columns"], [list(row) for row in result["rows"]], caption))
+    for picture in result["pictures"]:
+        section.attempt(picture["file"], lambda picture=picture: _picture(section, group, picture))
+
+
 def _picture(section: Section, group: Group, picture: Row) -> None:
     png = storage.read_bytes(storage.join(section.run_dir, picture["file"]))
     group.pictures.append(Picture([("", figures.image(png, picture["caption"]))], picture["caption"], wide=True))

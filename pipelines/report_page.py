@@ -18,6 +18,7 @@ TITLES = {
     "pretrain": "Pretraining",
     "sweep": "Mask sweep",
     "post-train": "Post-training",
+    "offline": "A world model on held-out episodes",
     "plan": "Planning",
     "evaluate": "Evaluation",
     "pictures": "Pictures of features",

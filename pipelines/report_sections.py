@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from pipelines import catalog, run_folder, storage
 from pipelines import report_figures as figures
 from pipelines.errors import InputRefused
-from pipelines.report_evaluate import evaluation, pictures
+from pipelines.report_evaluate import evaluation, offline, pictures
 from pipelines.report_figures import BLUE, GREEN, MUTED, ORANGE, PURPLE, Series
 from pipelines.report_page import Card, Group, Picture, Row, Section, Table, centimetres, number, percent
 from pipelines.report_sweep import sweep
@@ -38,6 +38,13 @@ HEALTH = (
 )
 HEALTH_CAPTION = "Spread and effective rank of the target encoder's features, over tokens and over clips. One of them falling "\
     "towards zero, or the cosine rising towards one, means that the features collapse, however well the loss looks."  # fmt: skip
+PREDICTED = (
+    [Series("loss_over_copy", "teacher forcing over a copied frame", BLUE)],
+    [Series("feature_std", "predicted tokens", GREEN), Series("target_std", "true tokens")],
+    [Series("rank_me", "RankMe of predicted tokens", PURPLE), Series("rank_me_clip", "of clips", ORANGE)],
+)
+PREDICTED_CAPTION = "Skill over copying, and spread and rank of what is predicted. A rank that falls means that the predictor "\
+    "answers the same whatever the clip shows."  # fmt: skip
 GRADIENTS = ([Series("grad_norm_encoder", "encoder"), Series("grad_norm_predictor", "predictor", ORANGE)],)
 SCHEDULE = ([Series("lr", "learning rate", MUTED)], [Series("grad_norm", "gradient norm before clipping", PURPLE)])
 SPEED_CAPTION = "Throughput, and the share of each interval in which the training waited for data. Waiting above a few per "\
@@ -49,7 +56,7 @@ def build_section(run_dir: str, kind: str, config: Row) -> Section:
     """Read a run and lay out what the page says about it."""
     section = Section(run_dir, kind, config, PurePosixPath(run_dir).name)
     builders = {"pretrain": _pretrain, "sweep": sweep, "post-train": _post_train, "plan": _plan, "evaluate": evaluation,
-                "pictures": pictures}  # fmt: skip
+                "pictures": pictures, "offline": offline}  # fmt: skip
     builder = builders[kind]
     section.attempt("The run", lambda: builder(section))
     section.attempt("Provenance", lambda: _provenance(section))
@@ -213,6 +220,7 @@ def _post_train(section: Section) -> None:
     group = _added(section, Group("Training"))
     if rows:
         section.attempt("Training losses", lambda: _post_train_losses(section, group, rows))
+        section.attempt("Health", lambda: _curves(group, rows, PREDICTED, PREDICTED_CAPTION))
     section.attempt("Rollouts", lambda: _rollouts(section, group))
     if rows:
         section.attempt("Throughput", lambda: _curves(group, rows, SPEED, SPEED_CAPTION))

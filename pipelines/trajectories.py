@@ -1,67 +1,64 @@
-"""Robot trajectories as training data: index a folder of episodes once, then decode clips with their states on Ray Data.
+"""Robot trajectories as training data: choose episodes from a catalog, or index a folder of them once; then clips on Ray Data.
 
 Legend: B clips of a unit, T frames of a clip, P patches of a frame, F frames of an episode.
 """
 
+import io
+import math
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from PIL import Image
 
 from jepa_core.order import permuted
-from jepa_core.sampling import Stream, centre_crop, clip_frames, generator
-from pipelines import packet_index, sandbox, storage, units
+from jepa_core.sampling import Crop, Stream, centre_crop, clip_frames, generator
+from pipelines import catalog, storage, trajectories_layouts, units
 from pipelines.config import DataConfig
-from pipelines.errors import InputRefused
-from pipelines.ingest_config import LimitsConfig
-from pipelines.robot import droid_raw
-from pipelines.video import VideoRefused, decode_clip, frame_patches
+from pipelines.errors import InputRefused, UsageError
+from pipelines.robot.recording import Reading
+from pipelines.trajectories_config import EpisodeChoice, MappingConfig
+from pipelines.trajectories_schema import TRAJECTORIES, TRAJECTORY_SCHEMA
+from pipelines.video import VideoRefused, decode_clip, frame_patches, scale_image
 
 PATCHES = "patches"
 """uint8 [B, T*P, 768]: still frames, which the encoder doubles in time."""
 STATES = "states"
 """float32 [B, T, 7]: xyz metres, extrinsic xyz Euler radians, gripper closedness."""
 INDEX = "trajectories.parquet"
-EPISODES_PER_TASK = 8
-
-SCHEMA = pa.schema(
-    [
-        ("uri", pa.string()),
-        ("video_uri", pa.string()),
-        ("stream", pa.int32()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("pts", pa.list_(pa.int64())),  # of each frame, in the video's units
-        ("times", pa.list_(pa.float64())),  # of each frame, seconds by the chosen time base
-        ("states", pa.list_(pa.float64())),  # [F * 7]
-        ("reason", pa.string()),  # null for a usable episode
-        ("detail", pa.string()),
-    ]
-)
+ALL = "all"
+PREFERRED = ("left", "exterior_1")
+"""Cameras that are taken where none is named; V-JEPA 2-AC saw left ones only."""
+REFERENCE_RATIO = (0.75, 1.35)
+"""Of the reference's crop, whose scale of 1.777 never fits: what is left is the largest centred box within these ratios."""
+HEADER = "header"
+_READ = ("video_uri", "stream", "etag")
 
 
-def index_episodes(root: str, time_base: str, min_seconds: float) -> pa.Table:
-    """One row per episode folder below `root`, in order of URI; refused ones have a reason.
+def index_episodes(root: str, time_base: str, min_seconds: float, choice: EpisodeChoice | None = None) -> pa.Table:
+    """Rows of TRAJECTORY_SCHEMA in order of URI and camera, from a catalog (`URI` or `URI@version`) or a folder of episodes.
 
-    Raises InputRefused when none is usable.
+    What was refused, or is shorter than `min_seconds`, has a reason; what is not chosen is left out. A folder is read by tasks of
+    Ray. Raises InputRefused when nothing is usable, UsageError where several cameras could be meant.
     """
-    found = droid_raw.list_episodes(root)
-    if not found:
-        raise InputRefused(f"no trajectory.h5 below {root}: `jepa record out={root}` makes some, or check the path")
-    items = pa.table({"uri": found})
-    blocks = [items.slice(start, EPISODES_PER_TASK) for start in range(0, len(items), EPISODES_PER_TASK)]
-    kwargs = {"time_base": time_base, "min_seconds": min_seconds}
-    rows = ray.data.from_arrow(blocks).map_batches(
-        _index_batch, batch_size=None, batch_format="pyarrow", num_cpus=1, fn_kwargs=kwargs
-    )
-    batches = [pa.table(batch) for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow")]
-    table = pa.concat_tables(batches).sort_by("uri")
+    choice = choice or EpisodeChoice()
+    ref = catalog.parse_ref(root)
+    if catalog.has_trajectories(ref.uri):
+        wanted = catalog.STANDS & (pc.field("time_base") == time_base)
+        table = catalog.read(ref, TRAJECTORIES, None, wanted)
+        if not len(table):
+            raise InputRefused(f"{root} has no trajectories with time_base={time_base}: run `jepa ingest trajectories` with it")
+    else:
+        table = _read_folder(storage.normalize(root), time_base, choice.camera)
+    table = table.sort_by([("uri", "ascending"), ("camera", "ascending")])
+    table = _shortened(_chosen(table, choice), max(min_seconds, choice.min_seconds))
     if not usable(table).num_rows:
-        first = table.to_pylist()[0]
-        raise InputRefused(f"no usable episode below {root}: the first was refused for {first['reason']} ({first['detail']})")
+        why = "none is left by the options" if not len(table) else _told(table.slice(0, 1).to_pylist()[0])
+        raise InputRefused(f"no usable episode below {root}: {why}")
     return table
 
 
@@ -111,21 +108,47 @@ def trajectory_dataset(
 
 
 def sample_trajectory(episodes: pa.Table, n: int, num_frames: int, fps: float, seed: int) -> tuple[int, np.ndarray]:
-    """(episode row, frame indices int64 [T]) of sample n: a fresh permutation per epoch, a start drawn uniformly."""
+    """(episode row, frame indices int64 [T]) of sample n: a fresh permutation per epoch, a start drawn uniformly.
+
+    Frames by physical times are those nearest after k / fps seconds; by a header's, every so many frames, as in `header_frames`.
+    """
     epoch, place = divmod(n, episodes.num_rows)
     row = int(permuted(np.array([place]), episodes.num_rows, seed, 0, epoch)[0])
     u = float(generator(seed, Stream.TRAJECTORY, n).random())
-    return row, clip_frames(episodes["times"][row].values.to_numpy(), num_frames, fps, u)
+    times = episodes["times"][row].values.to_numpy()
+    rate = _header_rate(episodes, row)
+    return row, header_frames(len(times), rate, num_frames, fps, u) if rate else clip_frames(times, num_frames, fps, u)
 
 
-def read_frames(episodes: pa.Table, row: int, frames: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Frames uint8 [T, S, S, 3] (largest centred square, scaled) and states float32 [T, 7] of an episode."""
-    entry = {name: episodes[name][row] for name in ("video_uri", "stream", "width", "height", "pts", "states")}
-    crop = centre_crop(entry["width"].as_py(), entry["height"].as_py())
-    pts = entry["pts"].values.to_numpy()[frames]
-    with storage.open_file(entry["video_uri"].as_py()) as file:
-        images = decode_clip(file, entry["stream"].as_py(), pts, crop, size)
-    return images, entry["states"].values.to_numpy().reshape(-1, 7)[frames].astype(np.float32)
+def header_frames(count: int, rate: float, num_frames: int, fps: float, u: float) -> np.ndarray:
+    """Frame indices int64 [T] as V-JEPA 2-AC samples a video of `count` frames whose header says `rate` frames per second.
+
+    Every ceil(rate / fps)-th frame of a window that `u` in [0, 1) places. The reference draws the window's end below `count`, so
+    it never shows the last frame, and fails where the window is the whole video, which is taken here; a shorter video repeats its
+    last frame. Source: facebookresearch/vjepa2, app/vjepa_droid/droid.py, loadvideo_decord.
+    """
+    step = math.ceil(round(rate / fps, 6))
+    start = int(u * max(0, count - num_frames * step))
+    return np.minimum(start + step * np.arange(num_frames), count - 1)
+
+
+def read_frames(
+    episodes: pa.Table, row: int, frames: np.ndarray, size: int, box: Crop | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames uint8 [T, S, S, 3] and states float32 [T, 7] of an episode; `box` is cut out of them where it is given.
+
+    The largest centred square, scaled; with a header's time base the reference's crop, which squeezes a wide picture a little.
+    Raises VideoRefused for pictures that do not decode, InputRefused for a file that has changed since.
+    """
+    uri, stream, etag = (episodes[name][row].as_py() if name in episodes.column_names else "" for name in _READ)
+    crop, pts = box or _crop(episodes, row), episodes["pts"][row].values.to_numpy()[frames]
+    sizes = episodes["sizes"][row] if "sizes" in episodes.column_names else None
+    if sizes is not None and sizes.is_valid:
+        images = _decode_jpegs(uri, etag, pts, sizes.values.to_numpy()[frames], crop, size)
+    else:
+        with storage.open_file(uri, etag=etag or None) as file:
+            images = decode_clip(file, stream, pts, crop, size)
+    return images, episodes["states"][row].values.to_numpy().reshape(-1, 7)[frames].astype(np.float32)
 
 
 def _plan_unit(number: int, **_: Any) -> dict[str, pa.Buffer]:
@@ -145,7 +168,7 @@ def _decode_unit(
         uris.append(table["uri"][row].as_py())
         try:
             images, state = read_frames(table, row, frames, size)
-        except VideoRefused as refusal:  # the index decoded a frame of it: the file has changed since
+        except (VideoRefused, storage.ObjectChanged) as refusal:  # the index decoded a frame of it: the file has changed since
             raise InputRefused(
                 f"{table['video_uri'][row].as_py()}: {refusal}; index the episodes again in a new run"
             ) from refusal
@@ -155,37 +178,73 @@ def _decode_unit(
     return units.block(number, step, 0, drawn, arrays, digest=units.digest(drawn, uris))
 
 
-def _index_batch(batch: pa.Table, time_base: str, min_seconds: float) -> pa.Table:
-    return pa.Table.from_pylist([_index_row(uri, time_base, min_seconds) for uri in batch["uri"].to_pylist()], SCHEMA)
+def _read_folder(root: str, time_base: str, camera: str) -> pa.Table:
+    layout = trajectories_layouts.detect(root)
+    reading = Reading(time_base, MappingConfig(), 15.0)
+    cameras = () if camera == ALL else (camera or PREFERRED[0],) if layout == "droid_raw" else (camera,) if camera else ()
+    found = list(trajectories_layouts.read(trajectories_layouts.items(root, layout, reading), layout, reading, cameras))
+    return pa.concat_tables(found)
 
 
-def _probed(uri: str) -> tuple[dict[str, Any], np.ndarray]:
-    """Facts of a recording, and the times of its frames: int64 [F]."""
-    info = storage.stat_many([uri])[uri]
-    if info is None:
-        raise VideoRefused("missing", f"{uri} does not exist")
-    facts, _ = sandbox.probe(sandbox.item_source(uri, 0, info.size, info.etag), LimitsConfig())
-    return facts, packet_index.shown(packet_index.decode(facts["blob"], facts["index_directory"]))
+def _chosen(table: pa.Table, choice: EpisodeChoice) -> pa.Table:
+    """The rows of the chosen robot and camera, and those that succeeded; refusals of whole episodes stay."""
+    if choice.robot:
+        table = table.filter(pc.equal(table["robot"], choice.robot))
+    if choice.success_only:
+        table = table.filter(pc.fill_null(table["success"], False))
+    if choice.camera == ALL:
+        return table
+    names = sorted({name for name in usable(table)["camera"].to_pylist() if name})
+    camera = choice.camera or next((name for name in PREFERRED if name in names), names[0] if len(names) == 1 else "")
+    if names and (camera not in names):
+        asked = f"camera={choice.camera} is not there" if choice.camera else "several cameras"
+        raise UsageError(f"{asked}: choose one of {', '.join(names)}, or {ALL}")
+    return table.filter(pc.is_in(table["camera"], pa.array(["", camera])))
 
 
-def _index_row(uri: str, time_base: str, min_seconds: float) -> dict[str, Any]:
-    try:
-        episode = droid_raw.read_episode(uri, time_base=time_base)
-        facts, pts = _probed(episode.video_uri)
-    except (droid_raw.EpisodeRefused, VideoRefused) as refusal:
-        return {"uri": uri, "reason": refusal.reason, "detail": refusal.detail}
-    count = min(episode.num_frames, len(pts))
-    times = episode.frame_times[:count]
-    if times[-1] - times[0] < min_seconds:
-        detail = f"{times[-1] - times[0]:.2f} s, a clip needs {min_seconds:.2f} s"
-        return {"uri": uri, "reason": "too_short", "detail": detail}
-    return {
-        "uri": uri,
-        "video_uri": episode.video_uri,
-        "stream": facts["stream"],
-        "width": facts["width"],
-        "height": facts["height"],
-        "pts": pts[:count],
-        "times": times,
-        "states": episode.states[:count].ravel(),
-    }
+def _shortened(table: pa.Table, min_seconds: float) -> pa.Table:
+    """Usable rows that do not last as long become refused ones."""
+    spans = np.array([times[-1] - times[0] if times else 0.0 for times in _ends(table)])
+    short = pc.and_(table["reason"].is_null(), pa.chunked_array([pa.array(spans < min_seconds, pa.bool_())]))
+    details = pa.array([f"{span:.2f} s, a clip needs {min_seconds:.2f} s" for span in spans], pa.string())
+    for name, value in (("reason", pa.scalar("too_short")), ("detail", details)):
+        column = pc.if_else(short.combine_chunks(), value, table[name].combine_chunks())
+        table = table.set_column(table.schema.get_field_index(name), TRAJECTORY_SCHEMA.field(name), column)
+    return table
+
+
+def _ends(table: pa.Table) -> list[list[float]]:
+    """First and last time of each row."""
+    return [[row.values[0].as_py(), row.values[-1].as_py()] if row.is_valid and len(row) else [] for row in table["times"]]
+
+
+def _told(row: dict[str, Any]) -> str:
+    return f"the first was refused for {row['reason']} ({row['detail']})"
+
+
+def _header_rate(episodes: pa.Table, row: int) -> float:
+    """Frames per second by the header of a row whose time base that is; 0 for others."""
+    if "time_base" not in episodes.column_names or episodes["time_base"][row].as_py() != HEADER:
+        return 0.0
+    return 1.0 / episodes["seconds_per_frame"][row].as_py()
+
+
+def _crop(episodes: pa.Table, row: int) -> Crop:
+    size = episodes["width"][row].as_py(), episodes["height"][row].as_py()
+    return centre_crop(*size, REFERENCE_RATIO) if _header_rate(episodes, row) else centre_crop(*size)
+
+
+def _decode_jpegs(uri: str, etag: str, starts: np.ndarray, sizes: np.ndarray, crop: Crop, size: int) -> np.ndarray:
+    """Pictures of a shard, by one ranged read of all that lies between the first and the last of them: uint8 [T, S, S, 3]."""
+    first = int(starts.min())
+    data = storage.read_range(uri, first, int((starts + sizes).max()), etag or None)
+    images = {}
+    for start, count in zip(starts.tolist(), sizes.tolist(), strict=True):
+        if start in images:
+            continue
+        try:
+            with Image.open(io.BytesIO(data[start - first : start - first + count]), formats=("JPEG", "PNG")) as picture:
+                images[start] = scale_image(np.asarray(picture.convert("RGB")), crop, size).copy()
+        except (OSError, ValueError, SyntaxError) as error:
+            raise VideoRefused("undecodable", f"the picture at byte {start}: {error}") from error
+    return np.stack([images[start] for start in starts.tolist()])

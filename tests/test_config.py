@@ -31,6 +31,9 @@ REQUIRED = {
     "evaluate robot": ["model=a", "trajectories=b", "run.dir=c"],
     "evaluate decode": ["model=a", "catalog=b", "run.dir=c"],
     "evaluate features": ["model=a", "catalog=b", "run.dir=c"],
+    "evaluate rollout": ["model=a", "run.dir=b"],
+    "evaluate energy": ["model=a", "run.dir=b"],
+    "evaluate action-score": ["model=a", "run.dir=b"],
     "evaluate masks": ["catalog=a", "run.dir=b", "train.steps=1"],
 }
 

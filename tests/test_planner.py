@@ -183,7 +183,9 @@ def world(**settings: object) -> tuple[CachedPredict, torch.Tensor, torch.Tensor
     return CachedPredict(predictor, (3, 4)), z, torch.randn(7) * 0.3, goal
 
 
-@pytest.mark.parametrize("settings", [{"depth": 1}, {"depth": 3}, {"depth": 2, "predict_change": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"depth": 1}, {"depth": 3}, {"depth": 2, "predict_change": True}, {"depth": 2, "use_state": False}], ids=str
+)
 def test_the_cached_rollout_is_the_plain_one(settings):
     predict, z, state, _ = world(**settings)
     actions = torch.randn(5, 3, 7) * 0.1

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import av
 import h5py
@@ -24,45 +24,27 @@ import numpy as np
 
 from pipelines import storage
 from pipelines.errors import UsageError
+from pipelines.robot import mapping
+from pipelines.robot.recording import MAX_LENGTH_DIFFERENCE
+from pipelines.robot.refusals import EpisodeRefused as EpisodeRefused
+from pipelines.trajectories_config import MappingConfig
 from pipelines.video import encode_video
 
 TRAJECTORY_FILE = "trajectory.h5"
 VIDEO_FOLDER = "recordings/MP4"
 CARTESIAN_POSITION = "observation/robot_state/cartesian_position"
 GRIPPER_POSITION = "observation/robot_state/gripper_position"
-FRAME_RECEIVED = "observation/timestamp/cameras/{serial}_frame_received"
+CAMERA_TIMES = "observation/timestamp/cameras"
+_RECEIVED = "_frame_received"
+FRAME_RECEIVED = f"{CAMERA_TIMES}/{{serial}}{_RECEIVED}"
+POSE = mapping.pose_mapping(CARTESIAN_POSITION, GRIPPER_POSITION)
 OBJECTS = "simulation/object_position"
 """Group of trajectory.h5 beside the release's own, which readers of DROID do not look into."""
 
 ROLES: tuple[str, ...] = ("wrist", "ext1", "ext2")
 TIME_BASES: tuple[str, ...] = ("physical", "header")
-MAX_LENGTH_DIFFERENCE = 2
-"""Rows of trajectory.h5 and frames of the MP4 may differ by one or two in the release (droid#54)."""
-
 # Largest step of one 15 Hz tick in the release's normalised velocity actions: metres, rad, gripper closedness.
 MAX_TICK_ACTION = np.array([0.075] * 3 + [0.15] * 3 + [0.25])
-
-RefusalReason = Literal[
-    "missing_metadata",
-    "missing_camera",
-    "unreadable_h5",
-    "non_finite_state",
-    "length_mismatch",
-    "unreadable_video",
-    "bad_time_base",
-]
-
-
-class EpisodeRefused(Exception):
-    """One episode cannot be used; ``reason`` is a stable code for the quarantine table, ``detail`` a sentence."""
-
-    def __init__(self, reason: RefusalReason, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason: RefusalReason = reason
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
 
 
 @dataclass(frozen=True)
@@ -177,22 +159,21 @@ def read_episode(uri: str, camera: str = "left_mp4_path", time_base: str = "phys
     if time_base not in TIME_BASES:
         raise UsageError(f"time_base must be one of {', '.join(TIME_BASES)}, got {time_base!r}")
     files = [info.uri for info in storage.list_files(uri)]
-    metadata = _read_metadata(uri, files)
-    video_uri = _video_uri(uri, files, metadata, camera)
-    serial = video_uri.rpartition("/")[2].removesuffix(".mp4")
-    states, arrivals_ms = _read_trajectory(storage.join(uri, TRAJECTORY_FILE), files, serial)
+    metadata = read_metadata(uri, files)
+    video_uri = find_video(uri, files, metadata.get(camera), camera)
+    serial = serial_of(video_uri)
+    states, arrivals = read_steps(uri, files)
     num_video_frames, fps = _probe_video(video_uri)
     if abs(len(states) - num_video_frames) > MAX_LENGTH_DIFFERENCE:
         raise EpisodeRefused("length_mismatch", f"{len(states)} trajectory rows, {num_video_frames} video frames")
     num_frames = min(len(states), num_video_frames)
     frame_times = np.arange(num_frames) / fps
     if time_base == "physical":
-        frame_times = _physical_times(arrivals_ms, serial, num_frames)
-    success = metadata.get("success")
+        frame_times = _physical_times(arrivals.get(serial), serial, num_frames)
     return Trajectory(
         uri=uri,
         uuid=str(metadata.get("uuid", "")),
-        success=success if isinstance(success, bool) else None,
+        success=outcome(uri, metadata),
         serial=serial,
         video_uri=video_uri,
         states=states[:num_frames],
@@ -207,6 +188,8 @@ def read_objects(uri: str) -> dict[str, np.ndarray]:
     Raises EpisodeRefused when the file cannot be read.
     """
     path = storage.join(uri, TRAJECTORY_FILE)
+    if not storage.exists(path):  # an episode of another layout
+        return {}
     try:
         with h5py.File(io.BytesIO(storage.read_bytes(path)), "r") as file:
             return {name: np.asarray(values, np.float64) for name, values in file.get(OBJECTS, {}).items()}
@@ -315,7 +298,8 @@ def _write_trajectory(path: str, episode: Episode) -> None:
         )
 
 
-def _read_metadata(uri: str, files: list[str]) -> dict[str, Any]:
+def read_metadata(uri: str, files: list[str]) -> dict[str, Any]:
+    """What the one metadata_*.json among the `files` of an episode folder says. Raises EpisodeRefused."""
     # Other JSON files may lie beside it; taking the first of any name is a known mistake of public loaders.
     names = [name for name in files if name.rpartition("/")[2].startswith("metadata_") and name.endswith(".json")]
     if len(names) != 1:
@@ -329,37 +313,50 @@ def _read_metadata(uri: str, files: list[str]) -> dict[str, Any]:
     return metadata
 
 
-def _video_uri(uri: str, files: list[str], metadata: Mapping[str, Any], camera: str) -> str:
-    path = metadata.get(camera)
+def find_video(uri: str, files: list[str], path: Any, name: str) -> str:
+    """The file that a `path` of the metadata means. Raises EpisodeRefused("missing_camera")."""
     if not path or not isinstance(path, str):
-        raise EpisodeRefused("missing_camera", f"the metadata of {uri} names no {camera}")
+        raise EpisodeRefused("missing_camera", f"the metadata of {uri} names no {name}")
     # Only the file name counts: folders were moved between dates after the paths had been written.
     wanted = f"/{VIDEO_FOLDER}/{path.rpartition('/')[2]}"
-    for name in files:
-        if name.endswith(wanted):
-            return name
+    for file in files:
+        if file.endswith(wanted):
+            return file
     raise EpisodeRefused("missing_camera", f"{uri} has no file {wanted[1:]}")
 
 
-def _read_trajectory(path: str, files: list[str], serial: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """States float64 [rows, 7] and frame arrival times in ms [rows], None where the release lacks them."""
+def serial_of(video_uri: str) -> str:
+    """The camera's serial number."""
+    return video_uri.rpartition("/")[2].removesuffix(".mp4")
+
+
+def outcome(uri: str, metadata: Mapping[str, Any]) -> bool | None:
+    """Whether the episode succeeded: by its metadata, else by the folder success or failure that it lies in."""
+    said = metadata.get("success")
+    if isinstance(said, bool):
+        return said
+    parts = uri.split("/")[-3:-1]
+    return True if "success" in parts else False if "failure" in parts else None
+
+
+def read_steps(uri: str, files: list[str], declared: MappingConfig | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """States float64 [T, 7] and, by serial, when each frame arrived: milliseconds as stored. Raises EpisodeRefused."""
+    path = storage.join(uri, TRAJECTORY_FILE)
     if not any(name.endswith(f"/{TRAJECTORY_FILE}") for name in files):
         raise EpisodeRefused("unreadable_h5", f"{path} does not exist")
     try:
         with h5py.File(io.BytesIO(storage.read_bytes(path)), "r") as file:
-            cartesian = np.asarray(file[CARTESIAN_POSITION], np.float64)
-            gripper = np.asarray(file[GRIPPER_POSITION], np.float64)
-            key = FRAME_RECEIVED.format(serial=serial)
-            arrivals_ms = np.asarray(file[key], np.float64) if key in file else None
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            states = mapping.states(declared or POSE, lambda name: np.asarray(file[name], np.float64))
+            arrivals = {
+                name.removesuffix(_RECEIVED): np.asarray(values, np.float64)
+                for name, values in file.get(CAMERA_TIMES, {}).items()
+                if name.endswith(_RECEIVED)
+            }
+    except EpisodeRefused as refusal:
+        raise EpisodeRefused(refusal.reason, f"{path}: {refusal.detail}") from refusal
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise EpisodeRefused("unreadable_h5", f"{path}: {error}") from error
-    if cartesian.ndim != 2 or cartesian.shape[1] != 6 or gripper.shape != cartesian.shape[:1] or not len(gripper):
-        raise EpisodeRefused("unreadable_h5", f"{path}: pose {cartesian.shape}, gripper {gripper.shape}")
-    states = np.concatenate([cartesian, gripper[:, None]], axis=1)
-    bad_rows = np.flatnonzero(~np.isfinite(states).all(axis=1))
-    if bad_rows.size:
-        raise EpisodeRefused("non_finite_state", f"{path}: {bad_rows.size} rows, the first is {bad_rows[0]}")
-    return states, arrivals_ms
+    return states, arrivals
 
 
 def _physical_times(arrivals_ms: np.ndarray | None, serial: str, num_frames: int) -> np.ndarray:
