@@ -29,36 +29,39 @@ Cache = dict[int, tuple[Tensor, Tensor]]
 class CachedPredict:
     """A world model for jepa_core.planner.plan: callable like any `Predict`, and with a cached rollout."""
 
-    def __init__(self, predictor: ActionPredictor, grid_hw: tuple[int, int]) -> None:
-        """grid_hw: patches along height and width. Raises ValueError for a predictor that needs the camera's pose."""
+    def __init__(self, predictor: ActionPredictor, grid_hw: tuple[int, int], *, normalize: bool = True) -> None:
+        """grid_hw: patches along height and width; normalize: tokens are. Raises ValueError where it needs a camera's pose."""
         if predictor.config.use_extrinsics:
             raise ValueError("use_extrinsics=true: the planner knows no camera pose")
-        self.predictor, self.grid_hw = predictor, grid_hw
+        self.predictor, self.grid_hw, self.finish = predictor, grid_hw, normalize_targets if normalize else Tensor.float
 
     def __call__(self, z: Tensor, actions: Tensor, states: Tensor) -> Tensor:
         """Without a cache: tokens [S, T, P, D], actions [S, T, 7], states [S, T, 7] -> normalised tokens [S, T, P, D]."""
-        return normalize_targets(self.predictor(z, actions, states, self.grid_hw))
+        return self.finish(self.predictor(z, actions, states, self.grid_hw))
 
     def begin(self, z: Tensor, state: Tensor) -> "CachedRollout":
         """A rollout from normalised tokens z [P, D] and state [7]."""
-        return CachedRollout(self.predictor, self.grid_hw, z, state)
+        return CachedRollout(self, z, state)
 
 
 class CachedRollout:
     """From actions to tokens, for one observation; what all samples share is computed here."""
 
-    def __init__(self, predictor: ActionPredictor, grid_hw: tuple[int, int], z: Tensor, state: Tensor) -> None:
+    def __init__(self, predict: CachedPredict, z: Tensor, state: Tensor) -> None:
         """z: normalised tokens [P, D]; state: [7]."""
-        self.predictor, self.grid_hw, self.z, self.state = predictor, grid_hw, z, state
+        predictor = predict.predictor
+        self.predictor, self.grid_hw, self.finish, self.z, self.state = predictor, predict.grid_hw, predict.finish, z, state
         patches = predictor.predictor_embed(z)
-        self.shared = torch.cat([predictor.state_encoder(state)[None].to(patches.dtype), patches])[None]
+        self.shared = torch.cat([*self._seen(state[None], patches.dtype), patches])[None]
         self.first = _SharedBlock(predictor.predictor_blocks[0], self.shared, self._rope(1, patches.dtype))
 
-    def batch(self, horizon: int) -> int:
+    def batch(self, horizon: int, *, gradients: bool = False) -> int:
         """How many samples to roll out together: what stays in a CPU's caches, or fits into an accelerator's memory."""
         config, z = self.predictor.config, self.z
         tokens = len(z) + self.predictor.num_conditions
         wide = tokens * config.dim * (2 * config.mlp_ratio + 8) + 2 * config.heads * tokens * tokens * horizon
+        if gradients:
+            wide *= config.depth * horizon  # all that the backward pass will need
         if z.device.type != "cuda":
             return max(1, int(CPU_BYTES / (4 * wide)))
         cached = 2 * tokens * config.dim * config.depth * (horizon - 1) + 3 * horizon * z.numel()
@@ -77,17 +80,21 @@ class CachedRollout:
                 x = self.first(told[:, :1], cache if not last else None)
             else:
                 state = compose(state, actions[:, step - 1])
-                seen = model.state_encoder(state)[:, None].to(told.dtype)
-                x = torch.cat([told[:, step : step + 1], seen, model.predictor_embed(z).to(told.dtype)], dim=1)
+                seen = self._seen(state[:, None], told.dtype)
+                x = torch.cat([told[:, step : step + 1], *seen, model.predictor_embed(z).to(told.dtype)], dim=1)
             for number, block in enumerate(model.predictor_blocks):
                 if step or number:
                     drop = conditions if number + 1 == len(model.predictor_blocks) else 0  # nobody reads what they would become
                     x = _block(block, x, rope[step], cache, number, not last, drop)
             x = x[:, -len(self.z) :]
             following = model.predictor_proj(model.predictor_norm(x))
-            z = normalize_targets(z + following if model.config.predict_change else following)
+            z = self.finish(z + following if model.config.predict_change else following)
             found.append(z)
         return torch.stack(found, dim=1)
+
+    def _seen(self, state: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """The state's token [..., W], where the predictor has one."""
+        return [self.predictor.state_encoder(state).to(dtype)] if self.predictor.config.use_state else []
 
     def _rope(self, steps: int, dtype: torch.dtype) -> Tensor:
         """Rotary table [steps*N, 2*d]."""

@@ -19,8 +19,8 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(z [S, T, P, D], actions [S, T, 7], states [S, T, 7]) -> normalised tokens [S, T, P, D], slot t for step t+1.
 
 An object may offer more: `begin(z [P, D], state [7])` prepares what all rollouts share and returns a callable from actions
-[S, H, 7] to the tokens [S, H, P, D] after each step, with a method `batch(horizon)`, the samples it likes to see at once. The
-planner uses it where it is there: jepa_core.action_cache.CachedPredict."""
+[S, H, 7] to the tokens [S, H, P, D] after each step. That may have a method `batch(horizon, gradients)`, the samples it likes to
+see at once. The planner uses both where they are there: jepa_core.action_cache.CachedPredict."""
 Unroll = Callable[[Tensor], Tensor]
 
 GRIPPER = AXES.index("gripper")
@@ -121,7 +121,10 @@ class Search:
         begin = getattr(predict, "begin", None)
         self.unroll: Unroll = begin(z, state) if begin else partial(unroll, predict, z, state)
         advice = getattr(self.unroll, "batch", None)
-        self.batch = config.batch or (advice(config.horizon) if advice else config.samples)
+        self.batch, self.steep_batch = (
+            config.batch or (advice(config.horizon, gradients=gradients) if advice else config.samples)
+            for gradients in (False, True)
+        )
         self.evaluations = 0
 
     def energies(self, points: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ class Search:
         """Points [S, H, A] -> energies [S] and their gradients [S, H, A], in pieces of a batch as well."""
         self.evaluations += points.shape[0] * self.config.horizon * (1 + BACKWARD_COST)
         found, slopes = [], []
-        for part in points.split(self.batch):
+        for part in points.split(self.steep_batch):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
                 energies = energy(self.unroll(self.space.actions(part)), self.goal, self.config)
@@ -232,6 +235,7 @@ class _Walk:
         self.best = (points[0], float("inf"))
 
     def look(self, energies: Tensor) -> float:
+        """Take note of the points' energies [S]; the lowest so far."""
         lowest, index = energies.min(0)
         if lowest.item() < self.best[1]:
             self.best = (self.points[index], lowest.item())

@@ -174,6 +174,13 @@ VERBS = {
         ("catalog",),
         ("run.dir",),
     ),
+    "serve-planner": Verb(
+        serve_schema.ServePlannerConfig,
+        "pipelines.serve_planner",
+        "answer goal image + observation + state with an action, over HTTP",
+        ("model",),
+        (),
+    ),
     "ingest trajectories": Verb(
         trajectories_schema.TrajectoriesConfig,
         "pipelines.ingest_trajectories",
@@ -209,13 +216,6 @@ VERBS = {
         "planned against recorded actions on held-out episodes",
         ("model", "trajectories"),
         ("run.dir",),
-    ),
-    "serve-planner": Verb(
-        serve_schema.ServePlannerConfig,
-        "pipelines.serve_planner",
-        "answer goal image + observation + state with an action, over HTTP",
-        ("model",),
-        (),
     ),
     "demo": Verb(schema.DemoConfig, "pipelines.demo", "all of the above at toy scale", ("source",), ("dir",)),
 }

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipelines import storage
-from pipelines.errors import UsageError
+from pipelines.errors import InputRefused, UsageError
 from pipelines.progress import Reporter
 from pipelines.serve_config import TOKEN_VARIABLE, ServePlannerConfig
 
@@ -60,14 +60,12 @@ class Planner:
         import torch
 
         from jepa_core.action_cache import CachedPredict
-        from jepa_core.config import PATCH_SIZE
 
-        side = world.crop_size // PATCH_SIZE
         self.config, self.world = config, world
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         world.encoder.to(self.device)
         world.predictor.to(self.device)
-        self.predict = CachedPredict(world.predictor, (side, side))
+        self.predict = CachedPredict(world.predictor, (world.side, world.side), normalize=world.normalize)
         self.sessions: OrderedDict[str, Session] = OrderedDict()
         self.seconds: deque[float] = deque(maxlen=KEPT_LATENCIES)
         self.lock = threading.Lock()
@@ -102,7 +100,7 @@ class Planner:
             "action": found.actions[0].tolist(), "actions": found.actions.tolist(), "energies": found.energies,
             "iterations": found.iterations, "evaluations": found.evaluations, "session": name, "goal": index,
             "latency_s": round(seconds, 4), "search_s": round(found.seconds, 4),
-            "images": f"cut to their centre square and scaled to {crop}x{crop}"
+            "images": f"cut to their centre as in training and scaled to {crop}x{crop}"
             + (f"; goals of {_sizes(others)}, observation of {_sizes([_size(observation)])}" if others else ""),
         }  # fmt: skip
 
@@ -177,10 +175,13 @@ class Planner:
         import torch
 
         from jepa_core.sampling import centre_crop
+        from pipelines.post_train_data import REFERENCE_RATIO
         from pipelines.video import frame_patches, scale_image
 
-        scaled = scale_image(image, centre_crop(image.shape[1], image.shape[0]), self.world.crop_size)
-        return self.world.encode(torch.from_numpy(frame_patches(scaled[None]))[None].to(self.device))[0, 0]
+        world = self.world
+        box = centre_crop(*_size(image), *([REFERENCE_RATIO] if world.crop == "reference" else []))
+        patches = frame_patches(scale_image(image, box, world.crop_size)[None], world.encoder.config.patch_size)
+        return world.encode(torch.from_numpy(patches)[None].to(self.device))[0, 0]
 
 
 def _state(given: Any) -> list[float]:
@@ -276,7 +277,10 @@ def run(config: ServePlannerConfig, reporter: Reporter) -> dict[str, Any]:
     from pipelines.post_train import load_world_model
 
     model = storage.normalize(config.model)
-    server = make_server(config, load_world_model(model), os.environ.get(TOKEN_VARIABLE, ""))
+    world = load_world_model(model)
+    if world.camera_frame or world.predictor.config.use_extrinsics:
+        raise InputRefused(f"{model} knows actions by the camera's pose, which requests do not tell: post-train without it")
+    server = make_server(config, world, os.environ.get(TOKEN_VARIABLE, ""))
     host, port = server.server_address[:2]
     print(json.dumps({"event": "serving", "url": f"http://{host}:{port}/plan", "model": model}), flush=True)
 

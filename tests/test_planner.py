@@ -52,11 +52,12 @@ def test_each_method_finds_the_known_answer(settings, energy):
 
 @pytest.mark.parametrize("method", ["cem", "mppi", "gradient"])
 def test_no_action_leaves_its_bounds(method):
-    far = pose(x=1.0, y=-1.0, z=1.0, rx=1.0, gripper=1.0)
+    far = pose(x=1.0, y=-1.0, z=1.0, rx=1.0, gripper=5.0)
     got = found(far, method=method, samples=60, iterations=25, horizon=2, bounds={"z": [-0.01, 0.02]}, max_rotation=0.1, refine=3)
-    expected = torch.tensor([0.075, -0.075, 0.02, 0.1, 0.0, 0.0, 0.75]).expand(2, 7)
     assert (got.mean.abs() <= torch.tensor([0.075, 0.075, 0.02, 0.1, 0.1, 0.1, 0.75]) + 1e-6).all()
-    torch.testing.assert_close(got.actions[:, [0, 1, 2, 6]], expected[:, [0, 1, 2, 6]], atol=0.02, rtol=0.15)
+    assert got.mean[:, 2].min() >= -0.01 - 1e-6
+    x, y, z, turn, *_, gripper = got.mean.sum(0).tolist()
+    assert (x > 0.09, y < -0.09, z > 0.02, turn > 0.08, gripper > 0.9) == (True,) * 5, "of at most twice the bound"
 
 
 def test_pinned_axes_the_closing_gripper_and_small_gripper_changes():
@@ -182,7 +183,9 @@ def world(**settings: object) -> tuple[CachedPredict, torch.Tensor, torch.Tensor
     return CachedPredict(predictor, (3, 4)), z, torch.randn(7) * 0.3, goal
 
 
-@pytest.mark.parametrize("settings", [{"depth": 1}, {"depth": 3}, {"depth": 2, "predict_change": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"depth": 1}, {"depth": 3}, {"depth": 2, "predict_change": True}, {"depth": 2, "use_state": False}], ids=str
+)
 def test_the_cached_rollout_is_the_plain_one(settings):
     predict, z, state, _ = world(**settings)
     actions = torch.randn(5, 3, 7) * 0.1

@@ -127,7 +127,7 @@ def test_a_goal_image_of_another_size_is_resized_or_refused_and_said(serving):
         (asked(state=[float("nan")] * 7), 400, "7 finite numbers"),
         (asked(goal="x"), 422, "goal is not the base64"),
         (asked(observation=base64.b64encode(b"GIF89a").decode()), 422, "observation is not"),
-        (asked(goal=picture(2, 4000, 20)), 413, "over max_pixels=50000"),
+        (asked(goal=picture(2, 4000, 13)), 413, "over max_pixels=50000"),
         (asked(goal=picture(2, 8, 8)), 422, "too small"),
         (asked(goals=[]), 400, "not both"),
         ({"observation": picture(1), "state": STATE, "goals": [{"image": picture(2), "steps": 0}]}, 400, r"goals[0].steps"),
