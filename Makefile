@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check chaos soak bench-core bench-heads bench-data bench-ingest bench-scale bench-plan bench-post-train fuzz system clean
+.PHONY: demo test check chaos soak bench-core bench-heads bench-data bench-ingest bench-scale bench-rlds bench-plan bench-post-train fuzz system clean
 
 demo: $(INSTALLED) system
 	$(BIN)/jepa demo dir=runs/demo
@@ -57,6 +57,10 @@ bench-plan: $(INSTALLED)
 # Post-training on cached tokens beside online encoding, in turn: make bench-post-train ARGS="--steps 100 --rounds 3"
 bench-post-train: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_post_train.py $(ARGS)
+
+# MB/s of reading RLDS on one core, checksums included: make bench-rlds ARGS="--mb 512", or ARGS="--shard FILE"
+bench-rlds: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_rlds.py $(ARGS)
 
 # 10,000 hostile files; `make test` reads 500 of them.
 fuzz: $(INSTALLED)

@@ -1,8 +1,9 @@
 """The catalog on Delta Lake: atomic commits that two ingests cannot mix, versions to pin, streaming reads.
 
-Three tables (catalog_schema.py) below one URI. A batch of an ingest is committed to `quarantine` first and to `videos` second,
-so an item that is in neither is simply not done yet. Every commit is a compare-and-swap: it names the version that it was
-made from as a Delta application transaction, and a writer that was overtaken reads what the other wrote and leaves that out.
+Three tables (catalog_schema.py) below one URI, and `trajectories` (trajectories_schema.py) where episodes of robots were
+ingested. A batch of an ingest is committed to `quarantine` first and to `videos` second, so an item that is in neither is
+simply not done yet. Every commit is a compare-and-swap: it names the version that it was made from as a Delta application
+transaction, and a writer that was overtaken reads what the other wrote and leaves that out.
 `URI@version` pins a version of `videos`; the commit carries the version of `quarantine` that belongs to it.
 """
 

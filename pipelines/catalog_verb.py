@@ -22,6 +22,7 @@ from pipelines.catalog_schema import QUARANTINE, QUARANTINE_SCHEMA, RUNS, VIDEO_
 from pipelines.errors import InputRefused, UsageError
 from pipelines.ingest_config import CatalogConfig
 from pipelines.progress import Reporter
+from pipelines.trajectories_schema import TRAJECTORIES
 from pipelines.video import VideoRefused
 
 LAST_RUNS = 5
@@ -81,6 +82,9 @@ def show(ref: CatalogRef, reporter: Reporter) -> dict[str, Any]:
     if len(runs):
         reporter.table("last runs", RUNS_SHOWN, [[_cell(row[name]) for name in RUNS_SHOWN] for row in runs.to_pylist()])
     totals = {name: report[name] for name in ("quarantined", "hours", "kept_hours", "bytes")}
+    if catalog.has_trajectories(ref.uri):
+        reasons = catalog.read(CatalogRef(ref.uri, None), TRAJECTORIES, ("reason",), STANDS)["reason"]
+        totals |= {"trajectories": reasons.null_count, "trajectories_refused": len(reasons) - reasons.null_count}
     return {"catalog": str(pinned), **report["videos"], **totals}
 
 

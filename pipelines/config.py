@@ -17,6 +17,7 @@ from jepa_core.config import (
     PlannerConfig,
     PretrainModelConfig,
 )
+from pipelines.episode_choice import EpisodeChoice
 from pipelines.errors import UsageError
 from pipelines.train_config import DataConfig, TrainConfig, check_train
 
@@ -155,6 +156,7 @@ class PostTrainConfig:
     """jepa post-train: an action-conditioned predictor on the frozen encoder of a pretraining run."""
 
     trajectories: str = MISSING
+    """A catalog (`URI` or `URI@version`) with the table `trajectories`, or a folder of episodes in any layout."""
     encoder: str = MISSING
     """URI of a pretraining run; its target encoder is used, frozen."""
     seed: int = 0
@@ -163,6 +165,7 @@ class PostTrainConfig:
     fps: float = 4.0
     holdout: float = 0.1
     """Share of the episodes that is kept for measuring rollouts."""
+    episodes: EpisodeChoice = field(default_factory=EpisodeChoice)
     starts: Literal["any", "grid"] = "any"
     """Where a clip may begin. any: at any time of an episode. grid: at whole multiples of 1 / fps, so that only fps frames a
     second are ever shown, and a cache of latents is that much smaller."""

@@ -273,7 +273,7 @@ def _fit(config: PostTrainConfig, source: PretrainConfig, reporter: Reporter) ->
     index = trajectories.load_index(config.run.dir)
     if index is None:
         span = (config.num_frames - 1) / config.fps
-        index = trajectories.index_episodes(config.trajectories, config.time_base, span)
+        index = trajectories.index_episodes(config.trajectories, config.time_base, span, config.episodes)
         if config.needs_cameras:
             index = post_train_data.with_cameras(index)
         trajectories.save_index(index, config.run.dir)

@@ -1,6 +1,6 @@
-"""Robot trajectories as training data: choose episodes from a catalog, or index a folder of them once; then clips on Ray Data.
+"""Robot trajectories as training data: choose episodes from a catalog, or index a folder of them once; then read clips of them.
 
-Legend: B clips of a unit, T frames of a clip, P patches of a frame, F frames of an episode.
+Legend: T frames of a clip, S side of a frame in pixels, F frames of an episode.
 """
 
 import io
@@ -11,24 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
-import ray.data
 from PIL import Image
 
 from jepa_core.order import permuted
 from jepa_core.sampling import Crop, Stream, centre_crop, clip_frames, generator
-from pipelines import catalog, storage, trajectories_layouts, units
-from pipelines.config import DataConfig
+from pipelines import catalog, storage, trajectories_layouts
 from pipelines.errors import InputRefused, UsageError
+from pipelines.robot import droid_episodes
 from pipelines.robot.recording import Reading
 from pipelines.trajectories_config import EpisodeChoice, MappingConfig
 from pipelines.trajectories_schema import TRAJECTORIES, TRAJECTORY_SCHEMA
-from pipelines.video import VideoRefused, decode_clip, frame_patches, scale_image
+from pipelines.video import VideoRefused, decode_clip, scale_image
 
-PATCHES = "patches"
-"""uint8 [B, T*P, 768]: still frames, which the encoder doubles in time."""
-STATES = "states"
-"""float32 [B, T, 7]: xyz metres, extrinsic xyz Euler radians, gripper closedness."""
 INDEX = "trajectories.parquet"
 ALL = "all"
 PREFERRED = ("left", "exterior_1")
@@ -47,6 +41,7 @@ def index_episodes(root: str, time_base: str, min_seconds: float, choice: Episod
     """
     choice = choice or EpisodeChoice()
     ref = catalog.parse_ref(root)
+    storage.check_bucket(ref.uri)
     if catalog.has_trajectories(ref.uri):
         wanted = catalog.STANDS & (pc.field("time_base") == time_base)
         table = catalog.read(ref, TRAJECTORIES, None, wanted)
@@ -78,33 +73,6 @@ def load_index(run_dir: str) -> pa.Table | None:
     """The index of a run, None where there is none yet."""
     uri = storage.join(run_dir, INDEX)
     return pq.read_table(pa.BufferReader(storage.read_bytes(uri))) if storage.exists(uri) else None
-
-
-def trajectory_dataset(
-    episodes: pa.Table,
-    num_frames: int,
-    fps: float,
-    size: int,
-    seed: int,
-    batch_size: int,
-    microbatches: int,
-    first_step: int,
-    steps: int,
-    fillers: int,
-    data: DataConfig,
-) -> ray.data.Dataset:
-    """Decoded clips with states, as units of steps first_step to steps - 1; `episodes` are usable rows."""
-    samples = batch_size // microbatches
-    arguments = {
-        "episodes": ray.put(episodes),
-        "num_frames": num_frames,
-        "fps": fps,
-        "size": size,
-        "seed": seed,
-        "samples": samples,
-    }
-    recipe = units.Recipe(_plan_unit, _decode_unit, arguments, (PATCHES, STATES), samples * num_frames * size**2 * 3, samples)
-    return units.dataset(recipe, units.Span(first_step, steps, microbatches), fillers, data)
 
 
 def sample_trajectory(episodes: pa.Table, n: int, num_frames: int, fps: float, seed: int) -> tuple[int, np.ndarray]:
@@ -144,46 +112,21 @@ def read_frames(
     crop, pts = box or _crop(episodes, row), episodes["pts"][row].values.to_numpy()[frames]
     sizes = episodes["sizes"][row] if "sizes" in episodes.column_names else None
     if sizes is not None and sizes.is_valid:
-        images = _decode_jpegs(uri, etag, pts, sizes.values.to_numpy()[frames], crop, size)
+        pictures = open_jpegs(uri, etag, pts, sizes.values.to_numpy()[frames])
+        images = np.stack([scale_image(picture, crop, size).copy() for picture in pictures])
     else:
         with storage.open_file(uri, etag=etag or None) as file:
             images = decode_clip(file, stream, pts, crop, size)
     return images, episodes["states"][row].values.to_numpy().reshape(-1, 7)[frames].astype(np.float32)
 
 
-def _plan_unit(number: int, **_: Any) -> dict[str, pa.Buffer]:
-    """A unit is decoded from its number alone: every task has all episodes."""
-    return {}
-
-
-def _decode_unit(
-    number: int, step: int, planned: dict[str, pa.Buffer], episodes: Any, num_frames: int, fps: float, size: int, seed: int,
-    samples: int,
-) -> pa.Table:  # fmt: skip
-    table = ray.get(episodes)
-    drawn = np.arange(number * samples, (number + 1) * samples)
-    patches, states, uris = [], [], []
-    for n in drawn.tolist():
-        row, frames = sample_trajectory(table, n, num_frames, fps, seed)
-        uris.append(table["uri"][row].as_py())
-        try:
-            images, state = read_frames(table, row, frames, size)
-        except (VideoRefused, storage.ObjectChanged) as refusal:  # the index decoded a frame of it: the file has changed since
-            raise InputRefused(
-                f"{table['video_uri'][row].as_py()}: {refusal}; index the episodes again in a new run"
-            ) from refusal
-        patches.append(frame_patches(images))
-        states.append(state)
-    arrays = {PATCHES: np.stack(patches), STATES: np.stack(states)}
-    return units.block(number, step, 0, drawn, arrays, digest=units.digest(drawn, uris))
-
-
 def _read_folder(root: str, time_base: str, camera: str) -> pa.Table:
     layout = trajectories_layouts.detect(root)
     reading = Reading(time_base, MappingConfig(), 15.0)
-    cameras = () if camera == ALL else (camera or PREFERRED[0],) if layout == "droid_raw" else (camera,) if camera else ()
+    one = camera or PREFERRED[0]  # of DROID's three videos only the wanted one is probed
+    cameras = (one,) if layout == "droid_raw" and one in droid_episodes.CAMERAS else ()
     found = list(trajectories_layouts.read(trajectories_layouts.items(root, layout, reading), layout, reading, cameras))
-    return pa.concat_tables(found)
+    return pa.concat_tables([TRAJECTORY_SCHEMA.empty_table(), *found])
 
 
 def _chosen(table: pa.Table, choice: EpisodeChoice) -> pa.Table:
@@ -234,17 +177,22 @@ def _crop(episodes: pa.Table, row: int) -> Crop:
     return centre_crop(*size, REFERENCE_RATIO) if _header_rate(episodes, row) else centre_crop(*size)
 
 
-def _decode_jpegs(uri: str, etag: str, starts: np.ndarray, sizes: np.ndarray, crop: Crop, size: int) -> np.ndarray:
-    """Pictures of a shard, by one ranged read of all that lies between the first and the last of them: uint8 [T, S, S, 3]."""
+def open_jpegs(uri: str, etag: str, starts: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """Pictures uint8 [H, W, 3] of a shard, by one ranged read of all that lies between the first and the last of them.
+
+    `starts` and `sizes` int64 [T] as in the index. Raises VideoRefused for what does not decode.
+    """
     first = int(starts.min())
-    data = storage.read_range(uri, first, int((starts + sizes).max()), etag or None)
-    images = {}
+    data = storage.read_range(
+        uri, first, int((starts + sizes).max()), etag or None, verify=False
+    )  # as packets are: clip_reader.py
+    found: dict[int, np.ndarray] = {}
     for start, count in zip(starts.tolist(), sizes.tolist(), strict=True):
-        if start in images:
+        if start in found:
             continue
         try:
             with Image.open(io.BytesIO(data[start - first : start - first + count]), formats=("JPEG", "PNG")) as picture:
-                images[start] = scale_image(np.asarray(picture.convert("RGB")), crop, size).copy()
+                found[start] = np.asarray(picture.convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:
             raise VideoRefused("undecodable", f"the picture at byte {start}: {error}") from error
-    return np.stack([images[start] for start in starts.tolist()])
+    return [found[start] for start in starts.tolist()]

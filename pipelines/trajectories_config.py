@@ -6,6 +6,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from pipelines.config import RayConfig
+from pipelines.episode_choice import EpisodeChoice as EpisodeChoice
 from pipelines.errors import UsageError
 
 Layout = Literal["auto", "droid_raw", "rlds", "lerobot"]
@@ -109,18 +110,6 @@ class TrajectoriesConfig:
 
 
 @dataclass(frozen=True)
-class EpisodeChoice:
-    """Which episodes and cameras of a catalog, or of a folder, are taken."""
-
-    camera: str = ""
-    """Name of a camera, or all. Empty: left, or exterior_1, or the only one: mixing views hurt V-JEPA 2-AC."""
-    robot: str = ""
-    success_only: bool = False
-    min_seconds: float = 0.0
-    """Shorter episodes are left out, besides those that are shorter than a clip."""
-
-
-@dataclass(frozen=True)
 class ExportConfig:
     """jepa export FORMAT trajectories=URI out=DIR: episodes as a LeRobot v3 dataset, or as rerun recordings."""
 
@@ -129,8 +118,8 @@ class ExportConfig:
     """A catalog with the table `trajectories`, or a folder of episodes."""
     out: str = MISSING
     """Folder to write; must not hold a dataset yet."""
-    fps: float = 0.0
-    """Pictures per second of the dataset; 0 takes the episodes' own rate. Frames nearest in physical time are taken."""
+    fps: int = 0
+    """Pictures per second of the dataset, which LeRobot has whole; 0: the episodes' own. Frames nearest in time are taken."""
     episodes: EpisodeChoice = field(default_factory=lambda: EpisodeChoice(camera="all"))
     episodes_per_file: int = 50
     crf: int = 18

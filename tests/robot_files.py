@@ -28,14 +28,14 @@ def poses(count: int, seed: int = 0) -> np.ndarray:
 
 
 def pictures(count: int, seed: int = 0, width: int = 96, height: int = 54) -> np.ndarray:
-    """Frames uint8 [F, H, W, 3]; the brightness of each tells its number, 4 levels a frame."""
+    """Frames uint8 [F, H, W, 3]; the brightness of each tells its number, below 59."""
     noise = np.random.default_rng(seed).integers(0, 3, (height, width, 3), dtype=np.uint8)
-    return np.stack([noise + np.uint8(4 * (k % 60)) for k in range(count)])
+    return np.stack([noise + np.uint8(16 + 4 * (k % 59)) for k in range(count)])
 
 
 def number_of(image: np.ndarray) -> int:
     """Which of `pictures` a decoded frame is."""
-    return round((float(image.mean()) - 1.0) / 4)
+    return round((float(image.mean()) - 17.0) / 4)
 
 
 def write_droid(root: Path, count: int = 40, seed: int = 0, *, success: bool = True, header_fps: int = 60, lost: int = 0,
@@ -53,7 +53,7 @@ def write_droid(root: Path, count: int = 40, seed: int = 0, *, success: bool = T
                 "right_mp4_path": f"{relative}/recordings/MP4/{SERIALS['ext2']}.mp4"}  # fmt: skip
     for number, (role, serial) in enumerate(SERIALS.items()):
         (videos / f"{serial}.mp4").write_bytes(
-            encode(pictures(count - lost, seed + number), rate=header_fps, options={"bf": "0"})
+            encode(pictures(count - lost, seed + number), rate=header_fps, options={"bf": "0", "crf": "8"})
         )
         metadata[f"{role}_cam_serial"] = serial
         metadata[f"{role}_mp4_path"] = f"{relative}/recordings/MP4/{serial}.mp4"

@@ -15,6 +15,8 @@ from pipelines.errors import UsageError
 
 REQUIRED = {
     "ingest": ["source=a", "catalog=b"],
+    "ingest trajectories": ["source=a", "catalog=b"],
+    "export": ["format=lerobot", "trajectories=a", "out=b"],
     "pretrain": ["catalog=a", "run.dir=b", "train.steps=1"],
     "sweep": ["catalog=a", "run.dir=b", "probe.trajectories=c"],
     "sweep report": ["run=a"],

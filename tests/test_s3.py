@@ -84,6 +84,28 @@ def test_ingest_pretrain_and_resume_on_s3(endpoint, bucket):
     assert events(second)[-1]["catalogs"] == {"catalog": f"{bucket}/catalog@1"}
 
 
+@pytest.mark.robot
+def test_trajectories_of_a_shard_on_s3(endpoint, bucket, tmp_path):
+    import robot_files as files
+
+    (shard,) = files.write_rlds(tmp_path, [[files.rlds_episode(12)]])
+    code = "import sys; from pipelines import storage; storage.upload(sys.argv[1], sys.argv[2])"
+    target = f"{bucket}/droid_100/1.0.0/{shard.name}"
+    subprocess.run([sys.executable, "-c", code, str(shard), target], env=os.environ | endpoint, check=True)
+    words = ["ingest", "trajectories", f"source={bucket}/droid_100", f"catalog={bucket}/robots"]
+    first, again = (jepa(*words, env=endpoint) for _ in range(2))
+    assert first.returncode == again.returncode == 0, first.stderr + again.stderr
+    assert [events(result)[-1]["ingested"] for result in (first, again)] == [3, 0]
+    read = (
+        "import sys; from pipelines import catalog, storage, trajectories as t; "
+        "rows = catalog.read(catalog.parse_ref(sys.argv[1]), 'trajectories'); storage.reset_counters(); "
+        "print(t.read_frames(rows, 1, __import__('numpy').array([2, 5]), 32)[0].shape, storage.counters()['requests'])"
+    )
+    command = [sys.executable, "-c", read, f"{bucket}/robots"]
+    result = subprocess.run(command, env=os.environ | endpoint, capture_output=True, text=True)
+    assert result.stdout.strip() == "(2, 32, 32, 3) 1", result.stderr
+
+
 def test_refusals_say_what_and_where(endpoint, bucket):
     empty = jepa("ingest", f"source={bucket}/nothing", f"catalog={bucket}/catalog", env=endpoint)
     assert (empty.returncode, "no video below" in empty.stderr) == (3, True)
