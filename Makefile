@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check chaos soak bench-core bench-heads bench-data bench-ingest bench-scale bench-rlds bench-post-train fuzz system clean
+.PHONY: demo test check chaos soak bench-core bench-heads bench-data bench-ingest bench-scale bench-rlds bench-plan bench-post-train fuzz system clean
 
 demo: $(INSTALLED) system
 	$(BIN)/jepa demo dir=runs/demo
@@ -50,13 +50,17 @@ bench-ingest: $(INSTALLED)
 bench-scale: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_scale.py $(ARGS)
 
-# MB/s of reading RLDS on one core, checksums included: make bench-rlds ARGS="--mb 512", or ARGS="--shard FILE"
-bench-rlds: $(INSTALLED)
-	$(BIN)/python tests/bench/bench_rlds.py $(ARGS)
+# Seconds and operations of a planned action beside the same search as the reference does it: make bench-plan ARGS="--size medium"
+bench-plan: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_plan.py $(ARGS)
 
 # Post-training on cached tokens beside online encoding, in turn: make bench-post-train ARGS="--steps 100 --rounds 3"
 bench-post-train: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_post_train.py $(ARGS)
+
+# MB/s of reading RLDS on one core, checksums included: make bench-rlds ARGS="--mb 512", or ARGS="--shard FILE"
+bench-rlds: $(INSTALLED)
+	$(BIN)/python tests/bench/bench_rlds.py $(ARGS)
 
 # 10,000 hostile files; `make test` reads 500 of them.
 fuzz: $(INSTALLED)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jepa_core.planner_config import PlannerConfig as PlannerConfig
+
 TUBELET_SIZE = 2
 """Frames in a tubelet (V-JEPA 2, section 2.1)."""
 PATCH_SIZE = 16
@@ -227,20 +229,6 @@ class ClipConfig:
     sampling: Literal["time", "reference"] = "time"
     """`time`: the frames on screen every 1 / fps seconds, within one shot. `reference`: the frame numbers that V-JEPA 2's loader
     picks by the video's average rate (sampling.reference_frames)."""
-
-
-@dataclass(frozen=True)
-class PlannerConfig:
-    """Cross-entropy method over end-effector actions (V-JEPA 2-AC, section 4; released notebook planner)."""
-
-    samples: int = 800
-    iterations: int = 10
-    elites: int = 10
-    horizon: int = 1
-    max_step: float = 0.075
-    max_gripper: float = 0.75
-    momentum_mean: float = 0.15
-    momentum_std: float = 0.15
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from pipelines import bench_config as bench_schema
+from pipelines import bench_planning_config as planning_schema
 from pipelines import config as schema
 from pipelines import evaluate_config as evaluate_schema
 from pipelines import ingest_config as ingest_schema
@@ -18,6 +19,7 @@ from pipelines import ledger_config as ledger_schema
 from pipelines import offline_config as offline_schema
 from pipelines import presets
 from pipelines import seeing_config as seeing_schema
+from pipelines import serve_config as serve_schema
 from pipelines import sweep_config as sweep_schema
 from pipelines import trajectories_config as trajectories_schema
 from pipelines.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, JepaError, UsageError
@@ -116,6 +118,13 @@ VERBS = {
         ("run.dir",),
         ("what",),
     ),
+    "bench planning": Verb(
+        planning_schema.PlanningBenchConfig,
+        "pipelines.bench_planning",
+        "does the robot arrive? world models in closed loop, beside what needs none",
+        ("encoder",),
+        ("run.dir",),
+    ),
     "evaluate probe": Verb(
         evaluate_schema.ProbeEvaluationConfig,
         "pipelines.evaluate_probe",
@@ -164,6 +173,13 @@ VERBS = {
         "what a pretraining preset hides of real clips, before training",
         ("catalog",),
         ("run.dir",),
+    ),
+    "serve-planner": Verb(
+        serve_schema.ServePlannerConfig,
+        "pipelines.serve_planner",
+        "answer goal image + observation + state with an action, over HTTP",
+        ("model",),
+        (),
     ),
     "ingest trajectories": Verb(
         trajectories_schema.TrajectoriesConfig,

@@ -131,14 +131,23 @@ class SimConfig:
             raise UsageError(f"sim.control_hz={self.control_hz} must lie between 1 and 100")
 
 
+TaskName = Literal["reach", "push", "pick"]
+
+
 @dataclass(frozen=True)
 class RecordConfig:
-    """jepa record: seeded random play of the simulated robot, in DROID's raw layout."""
+    """jepa record: seeded play of the simulated robot, in DROID's raw layout."""
 
     out: str = MISSING
     episodes: int = 64
     seconds: float = 4.0
     seed: int = 0
+    task: TaskName = "reach"
+    """reach: above the table; push, pick: with a cube that can be touched."""
+    play: Literal["random", "scripted", "mixed"] = "random"
+    """scripted: the task's oracle with noise and mistakes, again and again; mixed: half of the episodes each."""
+    cameras: list[str] = field(default_factory=lambda: ["left"])
+    """Of left, right and wrist; left, DROID's own choice, always."""
     header_fps: float | None = None
     """Frame rate that the MP4 header claims; 60 reproduces DROID's lying headers. Unset tells the truth."""
     sim: SimConfig = field(default_factory=SimConfig)
@@ -215,17 +224,29 @@ class PlanConfig:
 
     model: str = MISSING
     """URI of a post-training run."""
+    task: TaskName = "reach"
+    """push has two goal images, one after the other, pick three: what the oracle saw on its way."""
     episodes: int = 10
     steps: int = 8
-    """Actions per episode."""
+    """Actions towards each goal image."""
     seed: int = 1_000_000
     """Far from the recorder's seeds: planning happens in scenes that training did not show."""
-    goal_distance: tuple[float, float] = (0.12, 0.3)
+    goal_distance: tuple[float, float] | None = None
+    """Least and most metres from start to goal of what is moved; by default 0.12 to 0.3 (reach), 0.1 to 0.18, 0.12 to 0.22."""
     success_distance: float = 0.05
     sim: SimConfig = field(default_factory=SimConfig)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
+    warm_start: bool = False
+    """Each search begins with the plan of the step before, as in preset=economical; the published planner forgets it."""
     run: RunConfig = field(default_factory=RunConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+
+    def check(self) -> None:
+        """Numbers that cannot be meant."""
+        try:
+            self.planner.check()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""jepa record: seeded random play of the simulated robot, written in DROID's raw layout."""
+"""jepa record: seeded play of the simulated robot, written in DROID's raw layout."""
 
+import time
 from typing import Any
 
 from pipelines import ray_session, storage
@@ -22,6 +23,7 @@ def run(config: RecordConfig, reporter: Reporter) -> dict[str, Any]:
 
     with ray_session.session(config.ray):
         reporter.start("record", config.episodes, "episodes")
+        began = time.perf_counter()
         record(
             out,
             episodes=config.episodes,
@@ -30,6 +32,11 @@ def run(config: RecordConfig, reporter: Reporter) -> dict[str, Any]:
             config=config.sim,
             header_fps=config.header_fps,
             on_episode=count,
+            cameras=tuple(config.cameras),
+            task=config.task,
+            play=config.play,
         )
+        minutes = (time.perf_counter() - began) / 60
         reporter.stop()
-    return {"trajectories": out, "episodes": config.episodes, "hours": config.episodes * config.seconds / 3600}
+    hours = config.episodes * config.seconds / 3600
+    return {"trajectories": out, "episodes": config.episodes, "hours": hours, "episodes_per_minute": config.episodes / minutes}

@@ -17,7 +17,7 @@ KINDS = {
     "sweep": {"masks", "base"},
     "post-train": {"trajectories", "encoder"},
     "offline": {"model", "clips"},
-    "plan": {"planner"},
+    "plan": {"planner", "model"},
     "evaluate": {"model", "controls"},
     "pictures": {"model", "footage"},
 }

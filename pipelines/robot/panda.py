@@ -6,8 +6,9 @@ state and action spaces are DROID's: pose of the tool centre point in the robot 
 angles, gripper closedness.
 
 The tool never touches the two objects inside ``WORKSPACE``, so an image goal made from a seed stays reachable for
-the whole episode. Shadow maps are off (they cost a factor of two to three); a dark disc on the table below the
-tool stands in for its shadow, because one camera without it cannot tell height from distance.
+the whole episode; inside ``CONTACT_WORKSPACE`` it pushes and grasps them. Shadow maps are off (they cost a factor of
+two to three); a dark disc on the table below the tool stands in for its shadow, because one camera without it cannot
+tell height from distance.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import ctypes
 import math
 import os
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +34,10 @@ if TYPE_CHECKING:
 
 WORKSPACE: tuple[np.ndarray, np.ndarray] = (np.array([0.35, -0.25, 0.10]), np.array([0.65, 0.25, 0.40]))
 """Lower and upper bounds of the commanded tool position, metres, base frame."""
+CONTACT_WORKSPACE: tuple[np.ndarray, np.ndarray] = (np.array([0.32, -0.30, 0.022]), np.array([0.70, 0.30, 0.40]))
+"""The same, low enough to touch what stands on the table."""
 OBJECTS = ("cube", "cylinder")
+CUBE_HALF_M = 0.025
 
 NO_GL_MESSAGE = (
     "cannot render the simulated robot: no headless OpenGL library loads; install the Debian packages "
@@ -78,27 +83,40 @@ class PandaEnv:
         self._target_rotation = _TOOL_DOWN
         self._target_gripper = 0.0
         self._command = _HOME_JOINTS.copy()
+        self._workspace = WORKSPACE
         self.reset(0)
 
-    def reset(self, seed: int, xyz: ArrayLike | None = None) -> None:
+    def reset(
+        self,
+        seed: int,
+        xyz: ArrayLike | None = None,
+        *,
+        gripper: float = 0.0,
+        objects: Mapping[str, ArrayLike] | None = None,
+        workspace: tuple[np.ndarray, np.ndarray] = WORKSPACE,
+    ) -> None:
         """Place the objects from ``seed`` and the tool at ``xyz`` (metres), or at a seeded position; all at rest.
 
-        The objects do not depend on ``xyz``. A position outside ``WORKSPACE`` is clamped to it.
+        The objects do not depend on ``xyz``. A position outside ``workspace``, which bounds the tool until the next reset, is
+        clamped to it. ``objects`` puts all of them elsewhere: centres [3] in metres by name, edges along the axes.
         """
-        position = np.random.default_rng([seed, 1]).uniform(*WORKSPACE) if xyz is None else np.asarray(xyz, np.float64)
+        position = np.random.default_rng([seed, 1]).uniform(*workspace) if xyz is None else np.asarray(xyz, np.float64)
         if position.shape != (3,) or not np.isfinite(position).all():
             raise UsageError(f"xyz must be three finite numbers in metres, got {xyz!r}")
+        self._workspace = workspace
         self._mj.mj_resetData(self._model, self._data)
-        self._place_objects(np.random.default_rng([seed, 0]))
-        self._target_xyz = np.clip(position, *WORKSPACE)
+        if objects is None:
+            self._place_objects(np.random.default_rng([seed, 0]))
+        for name, centre in (objects or {}).items():
+            self._place(name, [*np.asarray(centre, np.float64), 1.0, 0.0, 0.0, 0.0])
+        self._target_xyz = np.clip(position, *workspace)
         self._target_rotation = _TOOL_DOWN
-        self._target_gripper = 0.0
+        self._target_gripper = float(np.clip(gripper, 0.0, 1.0))
         self._command = _HOME_JOINTS.copy()
         self._solve_ik(iterations=100)
         self._data.qpos[self._joints] = self._command
-        self._data.qpos[self._fingers] = _MAX_FINGER_M
+        self._data.qpos[self._fingers] = self._data.ctrl[7:] = _MAX_FINGER_M * (1.0 - self._target_gripper)
         self._data.ctrl[:7] = self._command
-        self._data.ctrl[7:] = _MAX_FINGER_M
         self._mj.mj_step(self._model, self._data, nstep=25)
         self._refresh()
 
@@ -144,7 +162,8 @@ class PandaEnv:
 
         The action is delta xyz (metres), delta extrinsic xyz Euler (rad, left-multiplied in the base frame) and
         delta gripper closedness. It moves the commanded pose, not the lagging measured one; what a blocked arm
-        could not follow is forgotten beyond 5 cm (0.3 rad). The commanded position stays inside ``WORKSPACE``.
+        could not follow is forgotten beyond 5 cm (0.3 rad). The commanded position stays inside the
+        workspace of the last reset.
         """
         delta = np.asarray(action, np.float64)
         if delta.shape != (7,) or not np.isfinite(delta).all():
@@ -154,7 +173,7 @@ class PandaEnv:
         turn = Rotation.from_rotvec(Rotation.from_euler("xyz", delta[3:6]).as_rotvec() / ticks)
         for _ in range(ticks):
             self._shorten_leash()
-            self._target_xyz = np.clip(self._target_xyz + delta[:3] / ticks, *WORKSPACE)
+            self._target_xyz = np.clip(self._target_xyz + delta[:3] / ticks, *self._workspace)
             self._target_rotation = turn * self._target_rotation
             self._target_gripper = float(np.clip(self._target_gripper + delta[6] / ticks, 0.0, 1.0))
             self._tick()
@@ -170,11 +189,13 @@ class PandaEnv:
         kind = self._mj.mjtState.mjSTATE_INTEGRATION
         physics = np.empty(self._mj.mj_stateSize(self._model, kind))
         self._mj.mj_getState(self._model, self._data, physics, kind)
-        return physics, self._target_xyz, self._target_rotation, self._target_gripper, self._command.copy()
+        told = (self._target_xyz, self._target_rotation, self._target_gripper, self._workspace)
+        return physics, told, self._command.copy()
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         """Go back to a ``snapshot`` of this environment."""
-        physics, self._target_xyz, self._target_rotation, self._target_gripper, command = snapshot
+        physics, told, command = snapshot
+        self._target_xyz, self._target_rotation, self._target_gripper, self._workspace = told
         self._command = command.copy()
         self._mj.mj_setState(self._model, self._data, physics, self._mj.mjtState.mjSTATE_INTEGRATION)
         self._refresh()
@@ -228,9 +249,13 @@ class PandaEnv:
             cylinder = rng.uniform(lower, upper)
         yaw = rng.uniform(0.0, math.pi / 2)
         cube_pose = [*cube, 0.025, math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)]
-        for name, pose in (("cube", cube_pose), ("cylinder", [*cylinder, 0.03, 1.0, 0.0, 0.0, 0.0])):
-            address = int(self._model.jnt_qposadr[self._model.body(name).jntadr[0]])
-            self._data.qpos[address : address + 7] = pose
+        self._place("cube", cube_pose)
+        self._place("cylinder", [*cylinder, 0.03, 1.0, 0.0, 0.0, 0.0])
+
+    def _place(self, name: str, pose: list[float]) -> None:
+        """Put an object at a pose [7]: xyz, quaternion w first."""
+        address = int(self._model.jnt_qposadr[self._model.body(name).jntadr[0]])
+        self._data.qpos[address : address + 7] = pose
 
     def _refresh(self) -> None:
         # mj_step leaves the poses of the start of its last substep; the state must be that of its end.
