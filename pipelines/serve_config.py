@@ -26,7 +26,7 @@ class ServePlannerConfig:
     """0 takes a free one, which the first line of output tells."""
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     other_size: Literal["resize", "refuse"] = "resize"
-    """A goal image of another size than the observation: both are cut to their centre square and scaled, as the answer tells, or
+    """A goal image of another size than the observation: both are cut to their centre and scaled, as the answer tells, or
     the request is refused."""
     max_body_mb: float = 16.0
     max_pixels: int = 4_000_000
