@@ -40,7 +40,7 @@ def records(file: IO[bytes], size: int) -> Iterator[Record]:
             return
         header = file.read(HEADER.size)
         length, crc = HEADER.unpack(header)
-        if masked(header, 8) != crc:
+        if masked(header[:8]) != crc:
             yield Record(offset, b"", EpisodeRefused("wrong_crc", f"the length at byte {offset} does not have its checksum"))
             return
         offset = start + length + FOOTER.size
@@ -49,7 +49,7 @@ def records(file: IO[bytes], size: int) -> Iterator[Record]:
             yield Record(start, b"", EpisodeRefused("truncated", detail))
             return
         data = file.read(length + FOOTER.size)
-        if masked(data, length) != FOOTER.unpack_from(data, length)[0]:
+        if masked(data[:length]) != FOOTER.unpack_from(data, length)[0]:
             detail = f"the {length} bytes at {start} do not have their checksum"
             yield Record(start, b"", EpisodeRefused("wrong_crc", detail))
         else:
