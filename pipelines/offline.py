@@ -10,7 +10,7 @@ Legend: B clips, T frames of a clip, H steps of a rollout, P patches of a frame,
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +24,11 @@ from pipelines import evaluate_arms, ray_session, run_folder, storage
 from pipelines.config import PostTrainConfig
 from pipelines.errors import InputRefused
 from pipelines.post_train import WorldModel, load_world_model, split_episodes
-from pipelines.post_train_data import CAMERAS, Clips, cameras_at, draw, read_clip, sample_clip, states_at, with_cameras
 from pipelines.progress import Reporter
 from pipelines.video import frame_patches
+
+if TYPE_CHECKING:
+    from pipelines.post_train_data import Clips
 
 BLOCK = 8
 """Clips of a task."""
@@ -67,15 +69,19 @@ def world_of(uri: str) -> WorldModel:
     return load_world_model(uri)
 
 
-def clips_for(trained: PostTrainConfig, world: WorldModel, num_frames: int, seed: int) -> Clips:
+def clips_for(trained: PostTrainConfig, world: WorldModel, num_frames: int, seed: int) -> "Clips":
     """How held-out clips are drawn: as in training, of any length."""
+    from pipelines.post_train_data import Clips
+
     patch = world.encoder.config.patch_size
     return Clips(num_frames, world.fps, seed, trained.starts, world.crop, world.crop_size, patch, trained.data.max_replacements)
 
 
 @torch.no_grad()
-def read(episodes: pa.Table, numbers: Sequence[int], clips: Clips, world: WorldModel) -> Shown:
+def read(episodes: pa.Table, numbers: Sequence[int], clips: "Clips", world: WorldModel) -> Shown:
     """Clips by sample number, encoded. Raises InputRefused as `sample_clip` does."""
+    from pipelines.post_train_data import read_clip, sample_clip, states_at
+
     found = [sample_clip(episodes, n, clips, lambda row, frames: read_clip(episodes, row, frames, clips))[:3] for n in numbers]
     images = np.stack([pictures for _, _, pictures in found])
     z = torch.cat([world.encode(torch.from_numpy(frame_patches(one, clips.patch_size))[None]) for one in images])
@@ -84,14 +90,18 @@ def read(episodes: pa.Table, numbers: Sequence[int], clips: Clips, world: WorldM
     return Shown(z, states, cameras, images, [row for row, _, _ in found])
 
 
-def states_only(episodes: pa.Table, numbers: Sequence[int], clips: Clips, world: WorldModel) -> Tensor:
+def states_only(episodes: pa.Table, numbers: Sequence[int], clips: "Clips", world: WorldModel) -> Tensor:
     """States [B, T, 7] of clips by sample number, without their pictures."""
+    from pipelines.post_train_data import draw, states_at
+
     found = [(*draw(episodes, n, clips), None) for n in numbers]
     states = torch.stack([torch.from_numpy(states_at(episodes, row, frames)) for row, frames, _ in found])
     return _framed(states, episodes, found, world)[0]
 
 
 def _framed(states: Tensor, episodes: pa.Table, found: Sequence[tuple], world: WorldModel) -> tuple[Tensor, Tensor | None]:
+    from pipelines.post_train_data import cameras_at
+
     sees = world.predictor.config.use_extrinsics
     if not sees and not world.camera_frame:
         return states, None
@@ -162,6 +172,7 @@ def _trained(uri: str) -> tuple[str, PostTrainConfig]:
 def _episodes(config: Any, model: str, trained: PostTrainConfig) -> pa.Table:
     """Held-out episodes: those of the model's own run, or all of the given source."""
     from pipelines import trajectories
+    from pipelines.post_train_data import CAMERAS, with_cameras
 
     index = trajectories.load_index(config.run.dir)
     if index is None and config.trajectories:

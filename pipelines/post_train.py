@@ -190,11 +190,11 @@ def run(config: PostTrainConfig, reporter: Reporter) -> dict[str, Any]:
 
 def _checked_source(config: PostTrainConfig) -> PretrainConfig:
     """The encoder's configuration: that of before where the run stands. The weights are not kept in this process."""
-    from pipelines.post_train_data import clips_of
-
     frozen = run_folder.latest_checkpoint(config.run.dir) is not None
     source = frozen_config(config.run.dir) if frozen else pretrain.load_encoder(config.encoder)[1]
-    clips_of(config, source)
+    size, patch = config.crop_size or source.clip.crop_size, source.model.encoder.patch_size
+    if size < patch or size % patch:
+        raise InputRefused(f"{config.encoder} has patches of {patch} pixels: crop_size={size} must be a multiple of that")
     return source
 
 

@@ -64,10 +64,8 @@ class Tokens(NamedTuple):
 
 
 def clips_of(config: PostTrainConfig, source: PretrainConfig) -> Clips:
-    """How a run draws clips for the encoder of `source`. Raises InputRefused where frames do not divide into its patches."""
+    """How a run draws clips for the encoder of `source`."""
     size, patch = config.crop_size or source.clip.crop_size, source.model.encoder.patch_size
-    if size < patch or size % patch:
-        raise InputRefused(f"{config.encoder} has patches of {patch} pixels: crop_size={size} must be a multiple of that")
     most = config.data.max_replacements
     return Clips(config.num_frames, config.fps, config.seed, config.starts, config.crop, size, patch, most)
 
