@@ -76,8 +76,9 @@ def action_losses(
     variant: RolloutVariant = "fixed",
     exponent: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(teacher forcing, rollout) losses of V-JEPA 2-AC, section 3.1: `latent_distance` of `action_predictions` to tokens z
-    [B, T, P, D].
+    """(teacher forcing, rollout) losses of V-JEPA 2-AC, section 3.1: `latent_distance` of `action_predictions` to the tokens.
+
+    Tokens z [B, T, P, D], actions [B, T-1, A], states [B, T, S] -> two scalars.
     """
     forced, rolled = action_predictions(predict, z, actions, states, rollout_steps, variant)
     return latent_distance(forced, z[:, 1:], exponent), latent_distance(rolled, z[:, 1 : rollout_steps + 1], exponent)
