@@ -264,13 +264,12 @@ class JepaWorld:
 
     def __init__(self, uri: str) -> None:
         """Raises InputRefused for a model that needs to know where the camera stands."""
-        from jepa_core.action_cache import CachedPredict
         from pipelines.post_train import load_world_model
 
-        self.model = model = load_world_model(uri)
-        if model.predictor.config.use_extrinsics or model.camera_frame:
-            raise InputRefused(f"{uri} was trained with camera poses, which the planner does not give: train one without")
-        self._predict = CachedPredict(model.predictor, (model.side, model.side)) if model.normalize else model.predict
+        self.model = load_world_model(uri)
+        if self.model.camera_frame:
+            raise InputRefused(f"{uri} was trained in the camera's frame, which the planner does not know: train one without")
+        self._predict = self.model.for_planning()
 
     def tokens(self, image: np.ndarray) -> Any:
         """Tokens [P, D] of a picture, brought to the encoder's size as training frames were."""

@@ -16,7 +16,6 @@ from torch import Tensor
 from jepa_core.planner import plan
 from jepa_core.poses import compose, deltas, euler_to_matrix
 from pipelines import evaluate_arms, offline
-from pipelines.errors import InputRefused
 from pipelines.offline import Row, Shared
 from pipelines.offline_config import ActionScoreConfig
 from pipelines.progress import Reporter
@@ -53,8 +52,7 @@ def errors(reached: Tensor, wanted: Tensor) -> dict[str, float]:
 def _measure(numbers: range, shared: Shared) -> list[str]:
     torch.set_num_threads(1)
     config, world = shared.config, offline.world_of(shared.model)
-    if world.predictor.config.use_extrinsics:
-        raise InputRefused(f"{shared.model} sees camera poses, which the planner does not give it: evaluate its rollouts")
+    predict = world.for_planning()
     horizon = config.planner.horizon
     clips = offline.clips_for(shared.trained, world, horizon + 1, config.seed)
     shown = offline.read(shared.episodes, numbers, clips, world)
@@ -62,7 +60,7 @@ def _measure(numbers: range, shared: Shared) -> list[str]:
     lines = []
     for clip, number in enumerate(numbers):
         noise = torch.Generator().manual_seed(config.seed + number)
-        found = plan(world.predict, shown.z[clip, 0], shown.states[clip, 0], shown.z[clip, -1], config.planner, noise)
+        found = plan(predict, shown.z[clip, 0], shown.states[clip, 0], shown.z[clip, -1], config.planner, noise)
         random = (2 * torch.rand(horizon, 7, generator=noise) - 1) * bound
         chosen = {PLANNER: found.actions.float(), NO_OP: torch.zeros(horizon, 7), RANDOM: random}
         start, wanted = shown.states[clip, 0], shown.states[clip, -1]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jepa_core.action_cache import CachedPredict
 from jepa_core.action_predictor import ActionPredictor
 from jepa_core.camera_frames import to_camera
 from jepa_core.encoder import VisionTransformer
@@ -62,6 +63,12 @@ class WorldModel:
         """Tokens of the next steps [B, T, P, D]; see jepa_core.planner.Predict. `extrinsics` [B, T, 6] where it saw them."""
         found = self.predictor(z, actions, states, (self.side, self.side), extrinsics)
         return normalize_targets(found) if self.normalize else found
+
+    def for_planning(self) -> CachedPredict:
+        """Prediction with cached rollouts, for jepa_core.planner.plan. Raises InputRefused where it needs camera poses."""
+        if self.predictor.config.use_extrinsics:
+            raise InputRefused("the world model sees camera poses, which the planner does not give it: train one without")
+        return CachedPredict(self.predictor, (self.side, self.side), normalize=self.normalize)
 
 
 @torch.no_grad()

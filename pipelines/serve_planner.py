@@ -59,13 +59,11 @@ class Planner:
         """world: see post_train.WorldModel; it moves to an accelerator where there is one."""
         import torch
 
-        from jepa_core.action_cache import CachedPredict
-
         self.config, self.world = config, world
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         world.encoder.to(self.device)
         world.predictor.to(self.device)
-        self.predict = CachedPredict(world.predictor, (world.side, world.side), normalize=world.normalize)
+        self.predict = world.for_planning()
         self.sessions: OrderedDict[str, Session] = OrderedDict()
         self.seconds: deque[float] = deque(maxlen=KEPT_LATENCIES)
         self.lock = threading.Lock()
