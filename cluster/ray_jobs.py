@@ -34,7 +34,7 @@ def set_auth_mode() -> None:
 
 
 class RayJobs:
-    """The backend of target=jobs. Raises UsageError for a token or an address that is refused, Retryable where nothing answers."""
+    """The backend of target=jobs. Raises UsageError for a refused token or address, Retryable where nothing answers."""
 
     def __init__(self, address: str | None, working_dir: str | None = None, stop_wait_s: int = 300) -> None:
         self.address = (address or os.environ[ADDRESS_VARIABLE]).rstrip("/")
@@ -115,8 +115,8 @@ class RayJobs:
                     return state
                 heard = time.monotonic()
             if time.monotonic() - heard > LOST_SECONDS:
-                raise Retryable(f"{self.address} has not answered for {LOST_SECONDS:.0f} s: job {name} may be lost with its cluster; "
-                                "the same submit attaches to it or continues it")  # fmt: skip
+                lost = f"job {name} may be lost with its cluster: the same submit attaches to it or continues it"
+                raise Retryable(f"{self.address} has not answered for {LOST_SECONDS:.0f} s, and {lost}")
             time.sleep(POLL_SECONDS)
 
     async def _tail(self, name: str, seen: list[int]) -> None:

@@ -16,8 +16,10 @@ from pipelines.progress import Reporter
 
 LONGEST_NAME = 52
 """Of a CronJob: Kubernetes appends the time to it."""
-DEADLINES = {"hour": 1800, "day": 6 * 3600, "week": 24 * 3600}
-"""Seconds after its time in which a window may still be started."""
+START_WITHIN = {"hour": 1800, "day": 6 * 3600, "week": 24 * 3600}
+"""Seconds after its time in which a window may still be started: less than a period, so that it still is the last one."""
+LONGEST_S = 7 * 24 * 3600
+"""Of the pod that waits for a job without a deadline of its own."""
 
 
 def run(config: ScheduleConfig, reporter: Reporter) -> dict[str, Any]:
@@ -39,7 +41,15 @@ def render(config: ScheduleConfig) -> dict[str, Any]:
     name = f"jepa-{config.name}" if config.name else f"jepa-{config.command[0]}-{digest}"
     if len(name) > LONGEST_NAME:
         raise UsageError(f"{name} is longer than the {LONGEST_NAME} characters that a CronJob's name may have: give name=VALUE")
-    return manifests.cronjob(name, windows.cron(config.every, config.at), command, config.pod, DEADLINES[config.every])
+    return manifests.cronjob(
+        name,
+        windows.cron(config.every, config.at),
+        command,
+        config.pod,
+        start_within_s=START_WITHIN[config.every],
+        deadline_s=config.pod.deadline_s * (config.retries + 1) + 3600 if config.pod.deadline_s else LONGEST_S,
+        tries=config.retries,
+    )
 
 
 def _submit(config: ScheduleConfig) -> SubmitConfig:
