@@ -60,7 +60,9 @@ def run(config: DoctorConfig, reporter: Reporter) -> dict[str, Any]:
 
 
 def before_submit(config: SubmitConfig, reporter: Reporter) -> None:
-    """The cheap part, for one job. Warnings are told; raises UsageError or Retryable when the job could not succeed."""
+    """The cheap part, for one job. Raises UsageError when the job could not succeed; what may pass is only told, as warnings are:
+    the submission itself has more patience.
+    """
     verb, _, options = cli.checked_command(config.command)
     work: list[Check] = [("versions", partial(checks.versions, None))]
     address = _address(config.address)
@@ -68,12 +70,11 @@ def before_submit(config: SubmitConfig, reporter: Reporter) -> None:
         work.append(("dashboard", partial(checks.dashboard, address, strict=False)))
     found = [*_all(work, CHEAP_SECONDS), *local_paths(verb, options)]
     for finding in found:
-        if finding.status == "warn":
+        if finding.status == "warn" or finding.passing:
             reporter.event("warning", message=_sentence(finding))
-    bad = [finding for finding in found if finding.status == "fail"]
+    bad = [finding for finding in found if finding.status == "fail" and not finding.passing]
     if bad:
-        kind = Retryable if all(finding.passing for finding in bad) else UsageError
-        raise kind(f"nothing was submitted, jepa doctor says: {'; '.join(_sentence(finding) for finding in bad)}")
+        raise UsageError(f"nothing was submitted, jepa doctor says: {'; '.join(_sentence(finding) for finding in bad)}")
 
 
 def local_paths(verb: str, options: Any) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import time
@@ -40,7 +41,10 @@ class RayJobs:
         self.address = (address or os.environ[ADDRESS_VARIABLE]).rstrip("/")
         self.working_dir, self.stop_wait_s = working_dir, stop_wait_s
         set_auth_mode()
+        os.environ[ADDRESS_VARIABLE] = self.address  # Ray's client prefers the variable to the address that it is given
         from ray.job_submission import JobSubmissionClient
+
+        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)  # it tells of every connection that ends
 
         class Client(JobSubmissionClient):
             def _do_request(self, method: str, endpoint: str, **more: Any) -> Any:

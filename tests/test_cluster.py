@@ -111,15 +111,16 @@ def test_a_job_is_submitted_once_streams_its_log_and_ends_with_the_verbs_code(he
     assert [event["job"] for event in events(second) if event["event"] == "attached"] == [done[0]["job"]]
     assert second.stdout.count('"ingest done"') == 1
     status = head.jepa("jobs", "status", done[0]["job"])
-    assert events(status)[-1] | {"time": 0} == {"time": 0, "event": "jobs done", "job": done[0]["job"], "status": "succeeded",
-                                                "exit_code": 0, "retry": False, "message": events(status)[-1]["message"]}  # fmt: skip
+    told = events(status)[-1]
+    assert [told[key] for key in ("job", "status", "exit_code", "retry")] == [done[0]["job"], "succeeded", 0, False]
 
 
+@slow
 def test_two_submits_at_once_run_once_and_a_failed_job_gets_another_attempt(head, tmp_path):
     command = ["ingest", f"source={tmp_path}/nowhere", f"catalog={tmp_path}/cat"]
     both = [head.start("submit", *command) for _ in range(2)]
     said = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [3, 3], said
+    assert [process.returncode for process in both] == [3, 3], str(said)
     assert all("does not exist" in out for out, _ in said)
     assert all("input refused" in error for _, error in said)
     name = name_of(*command)
@@ -136,14 +137,13 @@ def test_strangers_and_mistakes_are_told_apart(head, tmp_path):
     job = ("ingest", "source=s3://a", "catalog=s3://b")
     typo = head.jepa("submit", "ingest", "sourze=a", "catalog=b")
     assert (typo.returncode, "did you mean source?" in typo.stderr) == (2, True)
-    for doctor in ("true", "false"):
-        for token in ("0" * 64, ""):
-            stranger = head.jepa("submit", f"doctor={doctor}", *job, RAY_AUTH_TOKEN=token)
-            assert stranger.returncode == 2, stranger.stderr
-            assert "RAY_AUTH_TOKEN" in stranger.stderr
-            assert '"retry": false' in stranger.stderr
-        nobody = head.jepa("submit", f"address=http://127.0.0.1:{free_port()}", f"doctor={doctor}", *job)
-        assert (nobody.returncode, "no Ray dashboard answers" in nobody.stderr) == (75, True), nobody.stderr
+    for doctor, token in (("true", "0" * 64), ("false", "0" * 64), ("true", "")):
+        stranger = head.jepa("submit", f"doctor={doctor}", *job, RAY_AUTH_TOKEN=token)
+        assert stranger.returncode == 2, stranger.stderr
+        assert "RAY_AUTH_TOKEN" in stranger.stderr
+        assert '"retry": false' in stranger.stderr
+    nobody = head.jepa("submit", f"address=http://127.0.0.1:{free_port()}", "doctor=false", *job)
+    assert (nobody.returncode, "no Ray dashboard answers" in nobody.stderr) == (75, True), nobody.stderr
     missing = head.jepa("jobs", "stop", "jepa-nothing")
     assert (missing.returncode, "there is no job jepa-nothing" in missing.stderr) == (3, True), missing.stderr
     import urllib.error
@@ -155,6 +155,7 @@ def test_strangers_and_mistakes_are_told_apart(head, tmp_path):
         assert refused.value.code == 401
 
 
+@slow
 def test_doctor_here_and_on_the_cluster(head, tmp_path):
     began = time.monotonic()
     here = head.jepa("doctor", "--cheap")
@@ -170,6 +171,7 @@ def test_doctor_here_and_on_the_cluster(head, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@slow
 def test_no_secret_in_job_lists_and_logs(head, tmp_path):
     planted = head.jepa("submit", "ingest", f"source=s3://user:{PLANTED}@bucket", "catalog=c", AWS_SECRET_ACCESS_KEY=PLANTED)
     assert planted.returncode == 2
@@ -189,11 +191,12 @@ def test_no_secret_in_job_lists_and_logs(head, tmp_path):
         assert not [text[:200] for text in told if secret in text]
 
 
+@slow
 def test_a_window_fired_twice_ingests_once(head, corpus, tmp_path):
     command = ["ingest", f"source={corpus}", f"catalog={tmp_path}/cat"]
     both = [head.start("submit", "window=day@00:00", *command) for _ in range(2)]
     said = [process.communicate(timeout=180) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    assert [process.returncode for process in both] == [0, 0], str(said)
     made = [job for job in head.jobs() if job.startswith(name_of(*command, window="day@00:00"))]
     assert len(made) == 1
     ref = catalog.parse_ref(f"{tmp_path}/cat")
@@ -210,6 +213,7 @@ def log_until(process: subprocess.Popen, words: str) -> list[str]:
     return lines
 
 
+@slow
 def test_a_stopped_job_saves_and_the_next_submit_continues_it(head, catalog_uri, tmp_path):
     """SIGTERM, as Kubernetes and `jepa jobs stop` send it, ends in a committed checkpoint, well beyond Ray's own 3 s."""
     run_dir = tmp_path / "run"
