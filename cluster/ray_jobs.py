@@ -150,6 +150,8 @@ class RayJobs:
             ) from error
         except RuntimeError as error:
             found = re.search(r"status code (\d+)", str(error))
+            if "Version check returned" in str(error):
+                raise UsageError(f"{self.address} is not the dashboard of a Ray cluster (HTTP 404): check the address") from error
             raise self._refusal(int(found[1]) if found else 0, first_line(str(error)), job) from error
         except (requests.RequestException, ValueError, KeyError) as error:  # no URL; an answer that is not Ray's
             reason = first_line(str(error))

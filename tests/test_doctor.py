@@ -166,7 +166,8 @@ def test_submit_asks_first_and_submits_nothing_to_an_open_cluster(monkeypatch, r
 
 
 def test_doctor_runs_without_torch_and_says_what_it_found():
-    code = "import sys, cluster.doctor, cluster.submit, cluster.jobs, cluster.schedule; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+    verbs = "cluster.doctor, cluster.submit, cluster.jobs, cluster.schedule"
+    code = f"import sys, {verbs}; sys.exit(bool({{'torch', 'ray'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     result = jepa("doctor", "--cheap", env={"RAY_AUTH_TOKEN": secrets.token_hex(8), "PATH": os.environ["PATH"]})
     found = [event for event in events(result) if event["event"] == "check"]

@@ -56,8 +56,8 @@ def test_nothing_unpickles_what_it_did_not_write_itself():
 
 
 def test_the_search_for_unsafe_calls_finds_them(tmp_path):
-    bad = ["pickle.loads(x)", "torch.load(p)", "torch.load(p, weights_only=False)", "np.load(p, allow_pickle=True)", "yaml.load(t)",
-           "pd.read_pickle(p)", "joblib.load(p)"]  # fmt: skip
+    bad = ["pickle.loads(x)", "torch.load(p)", "torch.load(p, weights_only=False)", "np.load(p, allow_pickle=True)"]
+    bad += ["yaml.load(t)", "pd.read_pickle(p)", "joblib.load(p)"]
     (tmp_path / "bad.py").write_text("\n".join(bad))
     assert len(unsafe_calls(tmp_path / "bad.py")) == len(bad)
     (tmp_path / "good.py").write_text("torch.load(p, weights_only=True)\nnp.load(p)\nyaml.safe_load(t)\njson.loads(t)")
