@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check chaos soak bench-core bench-heads bench-data bench-ingest bench-scale fuzz system clean
+.PHONY: demo test check chaos soak bench-core bench-heads bench-data bench-ingest bench-scale fuzz manifests system clean
 
 demo: $(INSTALLED) system
 	$(BIN)/jepa demo dir=runs/demo
@@ -53,6 +53,10 @@ bench-scale: $(INSTALLED)
 # 10,000 hostile files; `make test` reads 500 of them.
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/bench/fuzz.py --count 10000 --seed 0 $(ARGS)
+
+# Render every overlay of infra/kubernetes to runs/manifests and check it, a line each. ARGS="--crds FOLDER" checks with KubeRay's own CRDs.
+manifests: $(INSTALLED)
+	$(BIN)/python -m cluster.overlays $(ARGS)
 
 # Headless OpenGL for the simulated robot; says what to install where it cannot do so itself.
 system: $(INSTALLED)

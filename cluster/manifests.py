@@ -196,8 +196,8 @@ def cronjob(
 
 
 def raycronjob(name: str, schedule: str, entrypoint: str, cluster: Cluster) -> dict[str, Any]:
-    """KubeRay's own schedule: alpha in 1.7 (feature gate RayCronJob, off by default). After an outage it makes one RayJob for *every*
-    tick that was missed, side by side, so the verb must be one that may run beside itself; `jepa ingest` is.
+    """KubeRay's own schedule: alpha in 1.7 (feature gate RayCronJob, off by default). After an outage it makes one RayJob for
+    *every* tick that was missed, side by side, so the verb must be one that may run beside itself; `jepa ingest` is.
     """
     template = rayjob(name, entrypoint, cluster)["spec"]
     del template["jobId"]  # the job of each tick needs an id of its own
