@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check chaos soak bench-core bench-heads bench-data bench-ingest bench-scale fuzz manifests system clean
+.PHONY: demo test check chaos cluster-test soak bench-core bench-heads bench-data bench-ingest bench-scale fuzz manifests system clean
 
 demo: $(INSTALLED) system
 	$(BIN)/jepa demo dir=runs/demo
@@ -18,6 +18,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	@infra/audit $(BIN)/python
 
 # One pretraining step against transformers' layers, and against a reference checkout: make bench-core ARGS="--reference PATH"
 bench-core: $(INSTALLED)
@@ -41,6 +42,10 @@ soak: $(INSTALLED)
 # All faults that training must survive; `make test` has a sample.
 chaos: $(INSTALLED)
 	JEPA_CHAOS=all $(BIN)/python -m pytest -m "chaos or guard" tests
+
+# Jobs, schedules and nodes that vanish, on Ray clusters of their own; `make test` has a sample.
+cluster-test: $(INSTALLED)
+	JEPA_CHAOS=all $(BIN)/python -m pytest -m cluster tests
 
 # Requests, bytes and files per second of ingestion by container, and how it scales: make bench-ingest ARGS="--endpoint URL"
 bench-ingest: $(INSTALLED)

@@ -92,7 +92,7 @@ def job_of(config: SubmitConfig) -> Job:
         raise UsageError(f"{local[0]} is a file here: give working_dir=FOLDER with it inside, or write its options out")
     window = windows.name_of(config.window) if config.window else None
     if window and verb == "ingest" and not options.run:
-        words = [*words, f'run="{window}"']  # quoted: YAML takes 2026-11-22 for a date
+        words = [*words, f"run={window}"]
     digest = hashlib.sha256(f"{verb}\n{to_yaml(options)}".encode()).hexdigest()[:10]
     room = LONGEST_NAME - len(ATTEMPT) - len(f"jepa--{digest}99") - (len(window) + 1 if window else 0)
     parts = ["jepa", verb.replace(" ", "-")[:room].rstrip("-"), digest, *([window] if window else [])]

@@ -27,7 +27,7 @@ class PodConfig:
 
     image: str | None = None
     """Image that brings the code, best by digest."""
-    namespace: str = "default"
+    namespace: str = "jepa"
     token_secret: str = "jepa-ray-token"  # noqa: S105 - the name of a Kubernetes Secret, not its content
     """Secret whose key `auth_token` is the Ray token of the cluster."""
     gpu_workers: int = 0
@@ -99,7 +99,7 @@ class JobsConfig:
     """As in jepa submit."""
     follow: bool = False
     """logs: to the job's end, and end with its exit code."""
-    namespace: str = "default"
+    namespace: str = "jepa"
 
     def check(self) -> None:
         """A name where one is needed."""
