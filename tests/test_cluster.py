@@ -3,8 +3,10 @@
 `pytest -m cluster`. `make test` runs a sample; `make cluster-test` (JEPA_CHAOS=all) everything.
 """
 
+import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import events, jepa
-from harness import arguments, slow
+from harness import arguments, ledger, processes, slow
 
 from cluster import submission
 from pipelines import catalog, run_folder
@@ -275,3 +277,72 @@ def test_the_time_from_submit_to_the_first_line(head, tmp_path):
         assert first
         print(f"first line after {spent:.1f} s")
     assert spent < 16  # the goal is 8 s on a machine that does nothing else
+
+
+NODES = """
+import json, sys
+from ray.cluster_utils import Cluster
+
+def node(role, cpus):
+    return cluster.add_node(num_cpus=cpus, object_store_memory=100 << 20, labels={"role": role})
+
+def raylet(node):
+    return node.all_processes["raylet"][0].process.pid
+
+cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, object_store_memory=100 << 20))
+decode, train = node("decode", 1), node("train", 2)
+cluster.wait_for_nodes()
+print(json.dumps([cluster.address, raylet(decode), raylet(train)]), flush=True)
+for _ in sys.stdin:
+    cluster.remove_node(decode, allow_graceful=False)
+    decode = node("decode", 1)
+    print(raylet(decode), flush=True)
+"""
+
+
+def raylets_of(title: bytes) -> set[int]:
+    """Raylets whose processes do such work at this moment."""
+    found = set()
+    for pid in processes([title]):
+        with contextlib.suppress(OSError):
+            mark = re.search(rb"RAY_RAYLET_PID=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
+            found |= {int(mark[1])} if mark else set()
+    return found
+
+
+@slow
+@pytest.mark.timeout(540)
+def test_a_decode_node_is_replaced_while_training_goes_on(catalog_uri, tmp_path):
+    """Head without CPUs, a node for decoding, one for training: each does its own work and no other, and a new one takes over."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
+    base = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | token
+    nodes = subprocess.Popen([sys.executable, "-c", NODES], env=base, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    run_dir, steps = tmp_path / "run", 60
+    try:
+        address, first, trains = json.loads(nodes.stdout.readline())
+        command = arguments(catalog_uri, run_dir, f"train.steps={steps}", "train.checkpoint_every=4", "train.cpus_per_worker=2",
+                            "data.decode_on=labelled", f"ray.address={address}")  # fmt: skip
+        driver = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *command], env=base, stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.PIPE, text=True)  # fmt: skip
+        decoded, trained, second, attempts = set(), set(), None, set()
+        while driver.poll() is None:
+            decoded |= raylets_of(b"(_decode)")
+            trained |= raylets_of(b"RayTrainWorker")
+            found = run_folder.latest_checkpoint(str(run_dir))
+            if found:
+                attempts.add(found.uri.rpartition("-")[2])
+            if second is None and found and found.step >= 4:
+                nodes.stdin.write("next\n")
+                nodes.stdin.flush()
+                second = int(nodes.stdout.readline())
+            time.sleep(0.02)
+        assert driver.returncode == 0, driver.stderr.read()
+        assert run_folder.require_checkpoint(str(run_dir)).step == steps
+        assert decoded == {first, second}
+        assert trained == {trains}
+        assert len(attempts) == 1, "the workers had to start again"
+        assert len(ledger(run_dir)) == 2 * steps
+    finally:
+        nodes.stdin.close()
+        nodes.terminate()
+        nodes.wait()

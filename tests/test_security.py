@@ -115,8 +115,16 @@ def test_what_is_secret_is_hidden(monkeypatch, text, kept):
         assert secret not in shown
 
 
-@pytest.mark.parametrize("text", ["s3://bucket/a@12", "step 3 of 10 at loss 0.47", "catalog=s3://b/c@7 token_secret: jepa-ray-token",
-                                  "RAY_AUTH_TOKEN", "http://127.0.0.1:8265", "https://host:8265/a@b"])  # fmt: skip
+PLAIN = [
+    "s3://bucket/a@12",
+    "step 3 of 10 at loss 0.47",
+    "token_secret: jepa-ray-token",
+    "http://127.0.0.1:8265",
+    "https://h:1/a@b",
+]
+
+
+@pytest.mark.parametrize("text", PLAIN)
 def test_what_is_no_secret_stays(text):
     assert redact.redacted(text) == text
 

@@ -66,9 +66,16 @@ def test_commands_that_cannot_be_meant_are_refused(command, sentence):
 
 @pytest.mark.parametrize(
     "words",
-    ["address=h:1", "address=http://user:pass@h:1", "address=http://h:1 retries=-1", "address=http://h:1 window=Day", "target=kuberay",
-     "target=kuberay pod.image=i working_dir=.", "address=http://h:1 out=a.yaml"],
-)  # fmt: skip
+    [
+        "address=h:1",
+        "address=http://user:pass@h:1",
+        "address=http://h:1 retries=-1",
+        "address=http://h:1 window=Day",
+        "address=http://h:1 out=a.yaml",
+        "target=kuberay",
+        "target=kuberay pod.image=i working_dir=.",
+    ],
+)
 def test_options_that_cannot_be_meant_are_refused(words, monkeypatch):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     with pytest.raises(UsageError) as refused:
@@ -259,8 +266,8 @@ def test_what_is_no_dashboard_is_told_from_one_that_is_silent(monkeypatch):
         RayJobs("http://127.0.0.1:1")
 
 
-def rayjobs(*items):
-    return {"items": [{"metadata": {"name": name}, "status": status} for name, status in items]}
+ENDED = "Job entrypoint command failed with exit code"
+"""Ray's words, which KubeRay repeats."""
 
 
 @pytest.mark.parametrize(
@@ -272,8 +279,7 @@ def rayjobs(*items):
         ({"jobDeploymentStatus": "Retrying", "jobStatus": "FAILED"}, State("running")),
         ({"jobDeploymentStatus": "Running", "jobStatus": "SUCCEEDED"}, State("running")),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, State("succeeded")),
-        ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "message": "Job entrypoint command failed with exit code 3, last"},
-         State("failed", 3, "Job entrypoint command failed with exit code 3, last")),
+        ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "message": f"{ENDED} 3, last"}, State("failed", 3, f"{ENDED} 3, last")),
         ({"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"}, State("failed", None, "DeadlineExceeded")),
     ],
 )  # fmt: skip
