@@ -13,7 +13,7 @@ from pipelines.errors import UsageError
 HIDDEN = "***"
 PLAIN = ("disabled", "required")
 NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL|PRIVATE_KEY", re.IGNORECASE)
-POINTERS = re.compile(r"(_PATH|_FILE|_URI|_URL|_MODE|_NAME|_EXPIRATION)$", re.IGNORECASE)
+POINTERS = re.compile(r"(_PATH|_FILE|_URI|_URL|_MODE|_NAME|_EXPIRATION|APPLICATION_CREDENTIALS)$", re.IGNORECASE)
 """Variables of such names tell where a secret lies, or something about it."""
 SHORTEST = 8
 """Shorter values are too common to be searched for."""

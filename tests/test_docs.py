@@ -12,7 +12,6 @@ from pipelines import cli, presets
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^```(bash|sh|console|shell)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PLACEHOLDERS = {"preset": None, "source": "list.csv"}
 MAKE = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 MARKERS = set(re.findall(r'^    "([a-z0-9]+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
 OTHERS = {
@@ -57,7 +56,7 @@ def check_jepa(words: list[str]) -> None:
     if not words or set(words) & {"--help", "-h"} or words == ["VERB"] or "VERB" in words:
         return
     abbreviated = "..." in words or any(word.endswith("=...") for word in words)
-    words = [word.replace("=...", "=x") for word in words if word != "..."]
+    words = [word.replace("=...", "=x") for word in words if word != "..." and not re.match(r"preset=[A-Z]+/", word)]
     name, rest = cli.split_verb(words)
     verb = cli.VERBS[name]
     given = cli.overrides(verb, [word for word in rest if word != "--dry-run"])

@@ -279,7 +279,7 @@ ENDED = "Job entrypoint command failed with exit code"
         ({"jobDeploymentStatus": "Retrying", "jobStatus": "FAILED"}, State("running")),
         ({"jobDeploymentStatus": "Running", "jobStatus": "SUCCEEDED"}, State("running")),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, State("succeeded")),
-        ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "message": f"{ENDED} 3, last"}, State("failed", 3, f"{ENDED} 3, last")),
+        ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "message": f"{ENDED} 3"}, State("failed", 3, f"{ENDED} 3")),
         ({"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"}, State("failed", None, "DeadlineExceeded")),
     ],
 )  # fmt: skip
