@@ -80,7 +80,7 @@ class Kube:
             self.request("PUT", f"{path}/{document['metadata']['name']}", {**document, "metadata": metadata})
 
     def stop(self, name: str) -> State:
-        """Delete the RayJob: KubeRay ends its cluster, with SIGTERM first. It leaves no record, so a submit starts it afresh."""
+        """Delete the RayJob, and its cluster with it. It leaves no record, so a submit starts it under the same name."""
         self.request("DELETE", f"{RAYJOBS.format(self.namespace)}/{name}", None)
         return State("stopped")
 
