@@ -98,6 +98,16 @@ def head(tmp_path_factory):
         made.end()
 
 
+@pytest.fixture(scope="module")
+def ingested(head, corpus, tmp_path_factory) -> str:
+    """A catalog of the corpus, made by a verb that joined the cluster at its address."""
+    uri = str(tmp_path_factory.mktemp("ingested") / "cat")
+    result = head.jepa("ingest", f"source={corpus}", f"catalog={uri}", f"ray.address={head.gcs}")
+    assert result.returncode == 0, result.stderr
+    assert events(result)[-1]["ingested"] == 3
+    return uri
+
+
 def name_of(*command: str, **options: str) -> str:
     return submission.job_of(SubmitConfig(list(command), **options)).name
 
@@ -216,10 +226,10 @@ def log_until(process: subprocess.Popen, words: str) -> list[str]:
 
 
 @slow
-def test_a_stopped_job_saves_and_the_next_submit_continues_it(head, catalog_uri, tmp_path):
+def test_a_stopped_job_saves_and_the_next_submit_continues_it(head, ingested, tmp_path):
     """SIGTERM, as Kubernetes and `jepa jobs stop` send it, ends in a committed checkpoint, well beyond Ray's own 3 s."""
     run_dir = tmp_path / "run"
-    command = arguments(catalog_uri, run_dir, "train.steps=60", "train.checkpoint_every=1000", "train.log_every=1")
+    command = arguments(ingested, run_dir, "train.steps=60", "train.checkpoint_every=1000", "train.log_every=1")
     first = head.start("submit", *command)
     job = json.loads(log_until(first, '"submitted"')[-1])["job"]
     log_until(first, '"done": 3')
@@ -238,10 +248,7 @@ def test_a_stopped_job_saves_and_the_next_submit_continues_it(head, catalog_uri,
 
 
 @slow
-def test_a_verb_runs_on_the_cluster_at_an_address(head, corpus, tmp_path):
-    result = head.jepa("ingest", f"source={corpus}", f"catalog={tmp_path}/cat", f"ray.address={head.gcs}")
-    assert result.returncode == 0, result.stderr
-    assert events(result)[-1]["ingested"] == 3
+def test_a_verb_with_another_token_cannot_join(head, corpus, tmp_path):
     refused = head.jepa(
         "ingest", f"source={corpus}", f"catalog={tmp_path}/c2", f"ray.address={head.gcs}", RAY_AUTH_TOKEN="0" * 64
     )
@@ -270,13 +277,14 @@ def test_the_time_from_submit_to_the_first_line(head, tmp_path):
     """On a warm cluster; printed, because busy machines differ."""
     for number in range(3):
         began = time.monotonic()
-        process = head.start("submit", "wait=true", "catalog", "show", f"{tmp_path}/none{number}")
-        first = log_until(process, "Running entrypoint")
-        spent = time.monotonic() - began
+        process = head.start("submit", "catalog", "show", f"{tmp_path}/none{number}")
+        spent = []
+        for words in ("Running entrypoint", '"event": "error"'):
+            assert log_until(process, words)
+            spent.append(time.monotonic() - began)
         process.communicate(timeout=60)
-        assert first
-        print(f"first line after {spent:.1f} s")
-    assert spent < 16  # the goal is 8 s on a machine that does nothing else
+        print(f"the cluster's first line after {spent[0]:.1f} s, the verb's after {spent[1]:.1f} s")
+    assert spent[0] < 16  # the goal is 8 s on a machine that does nothing else
 
 
 NODES = """
@@ -312,7 +320,7 @@ def raylets_of(title: bytes) -> set[int]:
 
 @slow
 @pytest.mark.timeout(540)
-def test_a_decode_node_is_replaced_while_training_goes_on(catalog_uri, tmp_path):
+def test_a_decode_node_is_replaced_while_training_goes_on(ingested, tmp_path):
     """Head without CPUs, a node for decoding, one for training: each does its own work and no other, and a new one takes over."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
     base = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | token
@@ -320,7 +328,7 @@ def test_a_decode_node_is_replaced_while_training_goes_on(catalog_uri, tmp_path)
     run_dir, steps = tmp_path / "run", 60
     try:
         address, first, trains = json.loads(nodes.stdout.readline())
-        command = arguments(catalog_uri, run_dir, f"train.steps={steps}", "train.checkpoint_every=4", "train.cpus_per_worker=2",
+        command = arguments(ingested, run_dir, f"train.steps={steps}", "train.checkpoint_every=4", "train.cpus_per_worker=2",
                             "data.decode_on=labelled", f"ray.address={address}")  # fmt: skip
         driver = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *command], env=base, stdout=subprocess.DEVNULL,
                                   stderr=subprocess.PIPE, text=True)  # fmt: skip
