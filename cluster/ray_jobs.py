@@ -106,14 +106,15 @@ class RayJobs:
 
     def follow(self, name: str) -> State:
         """Print the log as it grows. A broken connection is made again, and what was printed is not printed twice."""
-        printed, heard = 0, time.monotonic()
+        printed, heard = [0], time.monotonic()
         while True:
             with contextlib.suppress(Retryable):
-                for_now = [printed]
                 try:
-                    self._asked(lambda seen=for_now: asyncio.run(self._tail(name, seen)), name)
-                finally:
-                    printed = max(printed, for_now[0])
+                    self._asked(lambda: asyncio.run(self._tail(name, printed)), name)
+                except UsageError:  # a proxy that does not pass web sockets; a refused token is told by the next request
+                    text = self.logs(name)
+                    print(text[printed[0] :], end="", flush=True)
+                    printed[0] = max(printed[0], len(text))
                 state = self.state(name)
                 if not state.going:
                     return state
@@ -123,13 +124,14 @@ class RayJobs:
                 raise Retryable(f"{self.address} has not answered for {LOST_SECONDS:.0f} s, and {lost}")
             time.sleep(POLL_SECONDS)
 
-    async def _tail(self, name: str, seen: list[int]) -> None:
-        position, before = 0, seen[0]
+    async def _tail(self, name: str, printed: list[int]) -> None:
+        """Follow the log over a web socket, which begins with its first character each time."""
+        position = 0
         async for text in self.client.tail_job_logs(name):
             position += len(text)
-            if position > before:
-                print(text[max(0, len(text) - (position - before)) :], end="", flush=True)
-                before = seen[0] = position
+            if position > printed[0]:
+                print(text[len(text) - min(len(text), position - printed[0]) :], end="", flush=True)
+                printed[0] = position
 
     def _asked(self, attempt: Callable[[], T], job: str = "") -> T:
         """`attempt()`, with what Ray's client raises turned into one sentence, retryable or not."""

@@ -248,6 +248,29 @@ def test_a_job_that_stands_there_is_not_an_error_and_a_cluster_without_agents_is
     assert len(server.asked) > 3
 
 
+@pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")  # of Ray's own client
+def test_a_log_is_followed_through_a_proxy_without_web_sockets(monkeypatch, capsys):
+    monkeypatch.setattr("cluster.ray_jobs.POLL_SECONDS", 0.01)
+    said = iter(["one\n", "one\ntwo\n", "one\ntwo\n"])
+    details = {"type": "SUBMISSION", "submission_id": "j", "entrypoint": "jepa", "status": "RUNNING"}
+    states = iter(
+        [details, (503, "away"), details, details | {"status": "FAILED", "driver_exit_code": 3, "message": "x\nit ended"}]
+    )
+
+    def answers(method, path, _):
+        if path == "/api/version":
+            return 200, VERSION
+        if path.endswith("/tail"):
+            return 404, "no web sockets here"
+        if path.endswith("/logs"):
+            return 200, {"logs": next(said, "one\ntwo\n")}
+        found = next(states)
+        return found if isinstance(found, tuple) else (200, found)
+
+    assert RayJobs(Server(answers).address).follow("j") == State("failed", 3, "it ended")
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
 def test_the_address_that_is_given_is_the_one_that_is_asked(monkeypatch):
     other, given = Server(lambda *_: (200, VERSION)), Server(lambda *_: (200, VERSION))
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", other.address)  # Ray's client would prefer it
