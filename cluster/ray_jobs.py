@@ -111,7 +111,7 @@ class RayJobs:
             with contextlib.suppress(Retryable):
                 try:
                     self._asked(lambda: asyncio.run(self._tail(name, printed)), name)
-                except UsageError:  # a proxy that does not pass web sockets; a refused token is told by the next request
+                except (UsageError, InputRefused):  # a proxy without web sockets? What else it is, the next request tells
                     text = self.logs(name)
                     print(text[printed[0] :], end="", flush=True)
                     printed[0] = max(printed[0], len(text))
