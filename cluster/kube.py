@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.submission import Job, State, first_line
+from cluster.submission import Job, State, last_line
 from pipelines.errors import InputRefused, JepaError, Retryable, UsageError
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -121,7 +121,7 @@ def _state(item: dict[str, Any]) -> State:
     elif status.get("jobDeploymentStatus") == "Retrying" or (name != "waiting" and not _final(status)):
         name = "running"
     code = re.search(r"exit code (-?\d+)", message)
-    return State(name, int(code[1]) if code else None, first_line(message) if message else "")
+    return State(name, int(code[1]) if code else None, last_line(message) if message else "")
 
 
 def _final(status: Mapping[str, Any]) -> bool:
@@ -150,7 +150,7 @@ def _by_pod(method: str, path: str, body: dict[str, Any] | None) -> dict[str, An
             reason = str(error)
         raise _refusal(error.code, f"{method} {path}", reason) from error
     except (OSError, ValueError) as error:
-        raise Retryable(f"the Kubernetes API server does not answer ({first_line(str(error))}): try again") from error
+        raise Retryable(f"the Kubernetes API server does not answer ({last_line(str(error))}): try again") from error
 
 
 def _by_kubectl(method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _by_kubectl(method: str, path: str, body: dict[str, Any] | None) -> dict[str
     ended = subprocess.run(command, input=given, capture_output=True, text=True, timeout=2 * ANSWER_SECONDS)
     if ended.returncode == 0:
         return json.loads(ended.stdout)
-    reason = first_line(ended.stderr)
+    reason = last_line(ended.stderr)
     code = next((code for word, code in KUBECTL_CODES.items() if word in reason), 0)
     raise _refusal(code, f"kubectl {method} {path}", reason)
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from cluster.submission import Job, State, first_line
+from cluster.submission import Job, State, last_line
 from pipelines.cluster_config import ADDRESS_VARIABLE
 from pipelines.errors import InputRefused, JepaError, Retryable, UsageError
 
@@ -145,7 +145,7 @@ class RayJobs:
             raise UsageError(_denied(self.address, 403 if "failed" in str(error) else 401)) from error
         except (aiohttp.WSServerHandshakeError, requests.HTTPError) as error:
             code = getattr(error, "status", 0) or error.response.status_code
-            raise self._refusal(code, first_line(str(error)), job) from error
+            raise self._refusal(code, last_line(str(error)), job) from error
         except (requests.ConnectionError, requests.Timeout, aiohttp.ClientError, ConnectionError, TimeoutError) as error:
             raise Retryable(
                 f"no Ray dashboard answers at {self.address} ({_why(error)}): check the address, and that the cluster runs"
@@ -154,9 +154,9 @@ class RayJobs:
             found = re.search(r"status code (\d+)", str(error))
             if "Version check returned" in str(error):
                 raise UsageError(f"{self.address} is not the dashboard of a Ray cluster (HTTP 404): check the address") from error
-            raise self._refusal(int(found[1]) if found else 0, first_line(str(error)), job) from error
+            raise self._refusal(int(found[1]) if found else 0, last_line(str(error)), job) from error
         except (requests.RequestException, ValueError, KeyError) as error:  # no URL; an answer that is not Ray's
-            reason = first_line(str(error))
+            reason = last_line(str(error))
             raise UsageError(f"{self.address} is not the dashboard of a Ray cluster ({reason}): check the address") from error
 
     def _refusal(self, code: int, reason: str, job: str) -> JepaError:
@@ -180,4 +180,4 @@ def _why(error: BaseException) -> str:
 
 def _state(job: Any) -> State:
     """Of Ray's JobDetails."""
-    return State(STATUSES[job.status.value], job.driver_exit_code, first_line(job.message or ""))
+    return State(STATUSES[job.status.value], job.driver_exit_code, last_line(job.message or ""))

@@ -7,7 +7,7 @@ attempt that failed or was stopped is followed by `NAME-try2`, and so on; every 
 import hashlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -146,7 +146,7 @@ def _how(state: State) -> str:
     return f"ended with exit code {state.code} ({TOLD.get(state.code, 'a bug')}): its log says why"
 
 
-def first_line(words: Sequence[str] | str) -> str:
+def last_line(text: str) -> str:
     """The last line that says something: of a traceback, the error."""
-    lines = [line.strip() for line in (words.splitlines() if isinstance(words, str) else words) if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if any(letter.isalnum() for letter in line)]
     return lines[-1].rstrip(".") if lines else "no reason given"

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import pickle
 import subprocess
 import sys
 from io import StringIO
@@ -27,6 +28,7 @@ PLANTED = {
 }
 RUNS_CODE = {"load", "loads", "Unpickler", "read_pickle", "full_load", "unsafe_load", "load_all"}
 OWN = {
+    "checkpoint_reader.py": "looks through what it hands to torch's reader, see test_checkpoints_that_bring_code_are_refused",
     "clip_apart.py": "between a process and the one that it has started itself, through a pipe",
 }
 
@@ -44,7 +46,7 @@ def unsafe_calls(path: Path) -> list[str]:
         pickles = module in ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal") and name in RUNS_CODE | {"open"}
         tensors = module == "torch" and name == "load" and options.get("weights_only") != "True"
         arrays = name in ("load", "loadtxt", "fromregex") and options.get("allow_pickle", "False") != "False"
-        trees = module == "yaml" and name in RUNS_CODE
+        trees = module == "yaml" and name in RUNS_CODE and "Safe" not in options.get("Loader", "")
         parsed = (module, name) in {("distributed.checkpoint", "load"), ("dcp", "load"), ("hub", "load")}
         if pickles or tensors or arrays or trees or parsed or name == "read_pickle":
             found.append(where)
@@ -83,6 +85,33 @@ def test_weights_that_bring_code_are_refused(tmp_path, name):
     assert result.returncode == 3, result.stderr
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_that_bring_code_are_refused(tmp_path):
+    """torch's distributed checkpoint pickles its index, and what is no tensor; `init=RUN` may read a stranger's."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    from pipelines import checkpoint_reader
+    from pipelines.errors import InputRefused
+
+    def saved(name: str, extra) -> Path:
+        state = {"module": {"w": torch.ones(2)}, "optimizer": {"extra": extra}}
+        dcp.save(state, checkpoint_id=str(tmp_path / name), no_dist=True)
+        return tmp_path / name
+
+    def load(folder: Path) -> dict:
+        state = {"module": {"w": torch.zeros(2)}, "optimizer": {"extra": None}}
+        checkpoint_reader.load(state, folder, alone=True)
+        return state
+
+    assert load(saved("good", 0.125))["optimizer"]["extra"] == 0.125
+    within, index = saved("within", Runs(str(tmp_path / "ran"))), saved("index", 1)
+    (index / ".metadata").write_bytes(pickle.dumps(Runs(str(tmp_path / "ran"))))
+    for folder in (within, index):
+        with pytest.raises(InputRefused, match="could run code"):
+            load(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("text", ["!!python/object/apply:os.mkdir [RAN]", "a: &a [x]\nb: !!python/name:os.system"])
@@ -186,8 +215,8 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_names_from_files_do_not_lead_out_of_a_folder(tmp_path):
-    """A model folder whose description names files elsewhere."""
-    from pipelines import model_folder
+    """A model folder whose description names files elsewhere, and a checkpoint whose COMMIT does."""
+    from pipelines import model_folder, run_folder
     from pipelines.errors import InputRefused
 
     folder = tmp_path / "model"
@@ -196,3 +225,6 @@ def test_names_from_files_do_not_lead_out_of_a_folder(tmp_path):
     (folder / "model.json").write_text(json.dumps(tree))
     with pytest.raises((InputRefused, UsageError)):
         model_folder.read(str(folder))
+    (folder / "COMMIT").write_text(json.dumps({"step": 1, "files": {"state/../../../.bashrc": {"size": 1, "sha256": ""}}}))
+    with pytest.raises(InputRefused, match="outside of its folder"):
+        run_folder.read_commit(run_folder.Checkpoint(str(folder), 1))

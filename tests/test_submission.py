@@ -238,11 +238,17 @@ def test_what_a_cluster_answers_to_a_submit_is_told_apart(code, text, kind):
     assert "Traceback" not in str(refused.value)
 
 
+DUPLICATE = """Traceback (most recent call last):
+RuntimeError: Request failed with status code 400: Traceback (most recent call last):
+ValueError: Job with submission_id j already exists. Please use a different submission_id.
+.
+"""
+"""What Ray answers, with 500 where one would expect 409."""
+
+
 def test_a_job_that_stands_there_is_not_an_error_and_a_cluster_without_agents_is_waited_for(monkeypatch):
     monkeypatch.setattr("cluster.ray_jobs.POLL_SECONDS", 0.01)
-    answers = iter(
-        [(500, "No available agent to submit job, please try again later."), (400, "ValueError: Job j already exists. P")]
-    )
+    answers = iter([(500, "No available agent to submit job, please try again later."), (500, DUPLICATE)])
     server = Server(lambda method, path, _: next(answers) if method == "POST" else (200, VERSION))
     assert RayJobs(server.address).start("j", job()) is False
     assert len(server.asked) > 3
