@@ -308,10 +308,10 @@ for _ in sys.stdin:
 """
 
 
-def raylets_of(title: bytes) -> set[int]:
-    """Raylets whose processes do such work at this moment."""
+def raylets_of(title: bytes, marker: str) -> set[int]:
+    """Raylets of the marked cluster whose processes do such work at this moment."""
     found = set()
-    for pid in processes([title]):
+    for pid in processes([title], marker.encode()):
         with contextlib.suppress(OSError):
             mark = re.search(rb"RAY_RAYLET_PID=(\d+)", Path(f"/proc/{pid}/environ").read_bytes())
             found |= {int(mark[1])} if mark else set()
@@ -323,23 +323,24 @@ def raylets_of(title: bytes) -> set[int]:
 def test_a_decode_node_is_replaced_while_training_goes_on(ingested, tmp_path):
     """Head without CPUs, a node for decoding, one for training: each does its own work and no other, and a new one takes over."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
-    base = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | token
-    nodes = subprocess.Popen([sys.executable, "-c", NODES], env=base, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    run_dir, steps = tmp_path / "run", 60
+    base, marker = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | token, secrets.token_hex(8)
+    nodes = subprocess.Popen([sys.executable, "-c", NODES], env=base | {"JEPA_TEST_MARKER": marker}, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    run_dir, steps = tmp_path / "run", 120
     try:
         address, first, trains = json.loads(nodes.stdout.readline())
-        command = arguments(ingested, run_dir, f"train.steps={steps}", "train.checkpoint_every=4", "train.cpus_per_worker=2",
+        command = arguments(ingested, run_dir, f"train.steps={steps}", "train.checkpoint_every=1", "train.cpus_per_worker=2",
                             "data.decode_on=labelled", f"ray.address={address}")  # fmt: skip
         driver = subprocess.Popen([sys.executable, "-m", "pipelines.cli", *command], env=base, stdout=subprocess.DEVNULL,
                                   stderr=subprocess.PIPE, text=True)  # fmt: skip
         decoded, trained, second, attempts = set(), set(), None, set()
         while driver.poll() is None:
-            decoded |= raylets_of(b"(_decode)")
-            trained |= raylets_of(b"RayTrainWorker")
+            decoded |= raylets_of(b"(_decode)", marker)
+            trained |= raylets_of(b"RayTrainWorker", marker)
             found = run_folder.latest_checkpoint(str(run_dir))
             if found:
                 attempts.add(found.uri.rpartition("-")[2])
-            if second is None and found and found.step >= 4:
+            if second is None and found:  # at the first step, before all of it is decoded
                 nodes.stdin.write("next\n")
                 nodes.stdin.flush()
                 second = int(nodes.stdout.readline())
@@ -352,5 +353,10 @@ def test_a_decode_node_is_replaced_while_training_goes_on(ingested, tmp_path):
         assert len(ledger(run_dir)) == 2 * steps
     finally:
         nodes.stdin.close()
-        nodes.terminate()
-        nodes.wait()
+        try:
+            nodes.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            for pid in processes([b""], marker.encode()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            nodes.wait()
