@@ -1,7 +1,7 @@
 """jepa plan-capacity: what a corpus, its training and its robot take, by measured rates, with the arithmetic of every line.
 
 Legend: a `Row` is (what, value, unit, how): how says from which numbers, so that anybody can do it again on paper. `Totals` adds
-up what is paid for. Options: capacity_config.CapacityConfig; rates: capacity_rates.Rates. What a run really took: capacity_measured.
+up what is paid for. Options: capacity_config.CapacityConfig; rates: capacity_rates.Rates. What a run took: capacity_measured.
 """
 
 import math

@@ -1,7 +1,7 @@
 """What a pretraining run really took, beside what jepa plan-capacity says for the same run on the same devices.
 
-Legend: an interval is what a line of metrics speaks of: steps since the line before, and seconds a step. The rows are those of the
-plan; `value` is measured, `how` has the planned number and their ratio.
+Legend: an interval is what a line of metrics speaks of: steps since the line before, and seconds a step. The rows are those of
+the plan; `value` is measured, `how` has the planned number and their ratio.
 """
 
 from collections.abc import Sequence
