@@ -5,7 +5,7 @@ up what is paid for. Options: capacity_config.CapacityConfig; rates: capacity_ra
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from jepa_core.config import PretrainModelConfig
@@ -101,6 +101,11 @@ def _ingest(config: CapacityConfig, rates: Rates, totals: Totals) -> Stage:
     each = rates["list_requests"] + rates[f"probe_requests_{corpus.validate}"]
     requests = videos * each
     stage.add("requests", requests, "", f"{number(videos)} videos x {number(each)} (list and validate={corpus.validate})")
+    if corpus.validate == "full":
+        stage.add("fetched", stored / 1e3, "TB", "all of the source")
+    else:
+        size = rates[f"probe_mb_{corpus.validate}"]
+        stage.add("fetched", videos * size / 1e6, "TB", f"{number(videos)} videos x {number(size)} MB")
     by_hour = corpus.validate == "full"
     probe, count = rates[f"probe_cpu_{corpus.validate}"], corpus.hours if by_hour else videos
     hours = (count * probe + videos * rates["list_cpu"]) / 3600
@@ -143,7 +148,7 @@ def _normalise(config: CapacityConfig, rates: Rates, totals: Totals) -> Stage:
 
 def _pretrain(config: CapacityConfig, given: StageConfig, rates: Rates, totals: Totals) -> Stage:
     run = stage_config(given)
-    stage = Stage(f"pretrain {given.preset}")
+    stage = Stage(" ".join(["pretrain", given.preset, *given.overrides]))
     batch, samples = run.train.batch_size, run.train.steps * run.train.batch_size
     stage.add("samples", samples, "clips", f"{number(run.train.steps)} steps x {number(batch)}")
     seconds = run.clip.num_frames / run.clip.fps
@@ -167,7 +172,8 @@ def _post_train(config: CapacityConfig, rates: Rates, totals: Totals) -> Stage:
     given = config.post_train
     run = presets.load(PostTrainConfig, "post-train", [f"preset={given.preset}", *POST_NOWHERE, *given.overrides])
     encoder = stage_config(given.encoder).model.encoder
-    stage = Stage(f"post-train {given.preset}")
+    stage = Stage(" ".join(["post-train", given.preset, *given.overrides]))
+    config = replace(config, gpus=given.gpus or config.gpus)
     episodes = given.hours * 3600 / given.episode_seconds
     stage.add("episodes", episodes, "", f"{number(given.hours)} h x 3600 / {number(given.episode_seconds)} s")
     stage.add(
@@ -194,29 +200,29 @@ def _post_train(config: CapacityConfig, rates: Rates, totals: Totals) -> Stage:
 
 
 def _trained(stage: Stage, config: CapacityConfig, rates: Rates, train: TrainConfig, flops: float, totals: Totals) -> float:
-    """Rows of what the devices do; samples/s while they do it."""
-    samples, unit = train.steps * train.batch_size, train.batch_size / (train.microbatches or max(1, train.num_workers))
+    """Rows of what the devices do; samples/s while they do it. Raises UsageError where a batch does not go round them."""
+    parts, devices = max(train.microbatches, train.num_workers, 1), config.gpus
     peak, share, how = device(config, rates)
-    able = config.gpus * peak * 1e12 * share / flops
-    stage.add("speed of the devices", able, "clips/s", f"{config.gpus:,} x {how} / {number(flops / 1e12)} TFLOP")
-    fed = unit / rates["unit_cpu"]
-    stage.add(
-        "speed of the feed",
-        fed,
-        "clips/s",
-        f"{number(unit)} clips a unit / {number(rates['unit_cpu'])} CPU-s in the process that hands them out",
-    )
-    speed = min(able, fed)
+    if config.gpu != "cpu":  # a core is a part of a worker
+        parts = max(parts, config.gpus)
+        if train.batch_size % parts:
+            raise UsageError(f"gpus={config.gpus}: a batch of {train.batch_size} cannot be dealt to them in equal parts")
+        devices = parts / math.ceil(parts / config.gpus)
+        turns = f"{parts} microbatches on {config.gpus:,}: turns {math.ceil(parts / config.gpus)}"
+        stage.add("devices at work", devices, "", turns)
+    able = devices * peak * 1e12 * share / flops
+    stage.add("speed of the devices", able, "clips/s", f"{number(devices)} x {how} / {number(flops / 1e12)} TFLOP")
+    unit, handed = train.batch_size / parts, rates["unit_cpu"]
+    fed = unit / handed
+    how = f"{number(unit)} clips a unit / {number(handed)} CPU-s in the one process that hands them out"
+    stage.add("speed of the feed", fed, "clips/s", how)
+    speed, samples = min(able, fed), train.steps * train.batch_size
     wall = samples / speed / rates["goodput"]
-    stage.add(
-        "wall time",
-        wall / 86400,
-        "days",
-        f"{number(samples)} clips / {number(speed)}, the lower speed / goodput {number(rates['goodput'])}",
-    )
+    how = f"{number(samples)} clips / {number(speed)}, the lower speed / goodput {number(rates['goodput'])}"
+    stage.add("wall time", wall / 86400, "days", how)
     device_hours = wall / 3600 * config.gpus
     name = "core-hours" if config.gpu == "cpu" else "GPU-hours"
-    stage.add("devices", device_hours, name, f"{config.gpus:,} x {number(wall / 3600)} h")
+    stage.add("paid for", device_hours, name, f"{config.gpus:,} x {number(wall / 3600)} h")
     totals.wall_s += wall
     if config.gpu == "cpu":
         totals.core_hours += device_hours

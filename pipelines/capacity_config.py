@@ -40,6 +40,8 @@ class PostStageConfig:
     preset: str = "droid_ac"
     overrides: list[str] = field(default_factory=list)
     encoder: StageConfig = field(default_factory=StageConfig)
+    gpus: int = 0
+    """0 takes those of pretraining."""
     crop_size: int = 256
     """Pixels along the side of the frames that the encoder sees."""
 
