@@ -1,4 +1,4 @@
-"""What is wrong with a set of documents, beyond their fields: Pod Security, KubeRay's operator, token, secrets, policies, references.
+"""What is wrong with a set of documents beyond their fields: Pod Security, the operator, token, secrets, policies, references.
 
 Legend: a problem is (document as Kind/name, path of the field, sentence). Rules of the operator are those of KubeRay 1.7's
 validation (ray-operator/controllers/ray/utils/validation.go), which no schema says; the others are Pod Security's level

@@ -43,7 +43,9 @@ def generated() -> dict[str, dict[str, Any]]:
     one_node = Cluster(
         image=IMAGE, head=SMALL, workers=(Group("work", cpus=2, memory_gib=6, least=1, most=1, spill_gib=10),), autoscale=False
     )
-    cpus = Cluster(image=IMAGE, workers=(Group(**{**vars(DECODE), "least": 2, "most": 2}),), autoscale=False)
+    cpus = Cluster(
+        image=IMAGE, service_account="jepa-ingest", workers=(Group(**{**vars(DECODE), "least": 2, "most": 2}),), autoscale=False
+    )
     queued = Cluster(image=IMAGE, workers=(FULL_DECODE, FULL_TRAIN), queue="jepa")
     submit = [
         "jepa",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from pipelines import bench_config as bench_schema
+from pipelines import capacity_config as capacity_schema
 from pipelines import cluster_config as cluster_schema
 from pipelines import config as schema
 from pipelines import evaluate_config as evaluate_schema
@@ -199,6 +200,13 @@ VERBS = {
         ("catalog",),
         ("storage",),
         flags=(("cheap", "cheap"), ("nodes", "nodes")),
+    ),
+    "plan-capacity": Verb(
+        capacity_schema.CapacityConfig,
+        "pipelines.capacity",
+        "cores, nodes, requests, days and money for a corpus, with the arithmetic",
+        ("run",),
+        ("out",),
     ),
     "demo": Verb(schema.DemoConfig, "pipelines.demo", "all of the above at toy scale", ("source",), ("dir",)),
 }

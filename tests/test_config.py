@@ -31,6 +31,7 @@ REQUIRED = {
     "evaluate decode": ["model=a", "catalog=b", "run.dir=c"],
     "evaluate features": ["model=a", "catalog=b", "run.dir=c"],
     "evaluate masks": ["catalog=a", "run.dir=b", "train.steps=1"],
+    "plan-capacity": [],
 }
 
 
