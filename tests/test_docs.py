@@ -55,8 +55,9 @@ def words_of(command: str) -> list[str]:
 def check_jepa(words: list[str]) -> None:
     if not words or set(words) & {"--help", "-h"} or words == ["VERB"] or "VERB" in words:
         return
-    abbreviated = "..." in words or any(word.endswith("=...") for word in words)
-    words = [word.replace("=...", "=x") for word in words if word != "..." and not re.match(r"preset=[A-Z]+/", word)]
+    own = [word for word in words if re.match(r"preset=[A-Z]+/", word)]  # a preset that an earlier command has written
+    abbreviated = "..." in words or any(word.endswith("=...") for word in words) or bool(own)
+    words = [word.replace("=...", "=x") for word in words if word not in ("...", *own)]
     name, rest = cli.split_verb(words)
     verb = cli.VERBS[name]
     given = cli.overrides(verb, [word for word in rest if word != "--dry-run"])
