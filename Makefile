@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check chaos soak bench-core bench-heads bench-data bench-ingest bench-scale bench-rlds bench-plan bench-post-train fuzz system clean
+.PHONY: demo test check chaos soak bench-core bench-heads bench-data bench-ingest bench-scale bench-rlds bench-plan bench-post-train fuzz system clean cluster-test manifests
 
 demo: $(INSTALLED) system
 	$(BIN)/jepa demo dir=runs/demo
@@ -18,6 +18,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	@infra/audit $(BIN)/python
 
 # One pretraining step against transformers' layers, and against a reference checkout: make bench-core ARGS="--reference PATH"
 bench-core: $(INSTALLED)
@@ -42,6 +43,10 @@ soak: $(INSTALLED)
 chaos: $(INSTALLED)
 	JEPA_CHAOS=all $(BIN)/python -m pytest -m "chaos or guard" tests
 
+# Jobs, schedules and nodes that vanish, on Ray clusters of their own; `make test` has a sample.
+cluster-test: $(INSTALLED)
+	JEPA_CHAOS=all $(BIN)/python -m pytest -m cluster tests
+
 # Requests, bytes and files per second of ingestion by container, and how it scales: make bench-ingest ARGS="--endpoint URL"
 bench-ingest: $(INSTALLED)
 	$(BIN)/python tests/bench/bench_ingest.py $(ARGS)
@@ -65,6 +70,10 @@ bench-rlds: $(INSTALLED)
 # 10,000 hostile files; `make test` reads 500 of them.
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/bench/fuzz.py --count 10000 --seed 0 $(ARGS)
+
+# Render every overlay of infra/kubernetes to runs/manifests and check it, a line each. ARGS="--crds FOLDER" checks with KubeRay's own CRDs.
+manifests: $(INSTALLED)
+	$(BIN)/python -m cluster.overlays $(ARGS)
 
 # Headless OpenGL for the simulated robot; says what to install where it cannot do so itself.
 system: $(INSTALLED)

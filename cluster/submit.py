@@ -1,104 +1,59 @@
-"""Run any verb as a job on a Ray cluster, with `python -m cluster.submit http://HEAD:8265 VERB [key=value ...]`.
+"""jepa submit: any verb as a job on a cluster, once. Follows its log, and ends as the job ends.
 
-The submission id is a function of the command, so a second submit of the same thing attaches to the first. The job runs the
-command line that a user would type on the cluster, whose image brings the code; the exit code is the job's own.
+`jepa submit address=http://HEAD:8265 pretrain preset=... run.dir=s3://...` runs what `jepa pretrain ...` would run there. The
+image of the cluster brings the code.
 """
 
-import hashlib
-import os
-import shlex
-import sys
-import time
-from collections.abc import Sequence
 from typing import Any
 
-from pipelines.cli import VERBS, split_verb
-from pipelines.errors import EXIT_OK, JepaError, Retryable, UsageError
-from pipelines.presets import load
-
-POLL_SECONDS = 1.0
-AGENT_SECONDS = 120.0
-"""A cluster that has just started answers before any of its nodes takes jobs."""
-NO_AGENT = "No available agent"
-USAGE = "usage: python -m cluster.submit http://HEAD:8265 VERB [key=value ...]"
+from cluster import submission
+from cluster.submission import Backend, Job
+from pipelines.cluster_config import SubmitConfig
+from pipelines.errors import Retryable
+from pipelines.progress import Reporter
 
 
-def submission_id(verb: str, arguments: Sequence[str]) -> str:
-    """Name of the job: the verb and a digest of its arguments."""
-    return f"jepa-{verb.replace(' ', '-')}-{hashlib.sha256(chr(0).join([verb, *arguments]).encode()).hexdigest()[:12]}"
+def run(config: SubmitConfig, reporter: Reporter) -> dict[str, Any]:
+    """Submit or attach, print the job's log as it grows.
 
-
-def submit(address: str, verb: str, arguments: Sequence[str]) -> int:
-    """Submit or attach, print the job's log as it grows, return its exit code. The token comes from RAY_AUTH_TOKEN.
-
-    Raises UsageError for a mistake in the command, before anything is sent; Retryable when the cluster does not answer.
+    Raises what the job's verb raised there (by its exit code), UsageError for what the cluster refuses, Retryable where none
+    answers or the job was stopped or lost.
     """
-    verb, arguments = split_verb([verb, *arguments])
-    if verb not in VERBS:
-        raise UsageError(f"jepa {verb} is the first word of several verbs: jepa {verb} --help lists them")
-    load(VERBS[verb].options, verb, arguments)
-    client, name = _client(address), submission_id(verb, arguments)
-    if name in {job.submission_id for job in client.list_jobs()}:
-        print(f"attaching to {name}", file=sys.stderr)
-    else:
-        command = ["jepa", *verb.split(), *arguments] + ([] if verb.endswith("report") else ["ray.address=auto"])
-        _submit(client, shlex.join(command), name)
-        print(f"submitted {name}", file=sys.stderr)
-    return _follow(client, name)
+    job = submission.job_of(config)
+    if config.out:
+        from cluster import kube
+
+        kube.write_documents([_rayjob(config, job.name, job)], config.out)
+        return {"job": job.name, "out": config.out}
+    if config.doctor:
+        from cluster import doctor
+
+        doctor.before_submit(config, reporter)
+    backend = _backend(config)
+    for left in range(config.retries, -1, -1):
+        name, new = submission.begin(backend, job, again=config.again and left == config.retries)
+        reporter.event("submitted" if new else "attached", job=name, verb=job.verb)
+        if not config.wait:
+            return {"job": name, "new": new}
+        state = backend.follow(name)
+        if state.exit_code != Retryable.exit_code or not left:
+            break
+        reporter.event("warning", message=f"job {name} {state.status}, which may pass: {left} more attempts")
+    submission.end(name, state)
+    return {"job": name, **state.as_dict()}
 
 
-def _client(address: str) -> Any:
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if os.environ.get("RAY_AUTH_TOKEN") else "disabled")
-    from ray.exceptions import RayError
-    from ray.job_submission import JobSubmissionClient
+def _backend(config: SubmitConfig) -> Backend:
+    if config.target == "kuberay":
+        from cluster.kube import Kube
 
-    try:
-        client = JobSubmissionClient(address)
-        client.get_version()
-        return client
-    except (ConnectionError, RuntimeError, RayError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise Retryable(f"no Ray dashboard answers at {address} ({reason}): check the address and RAY_AUTH_TOKEN") from error
+        return Kube(config.pod.namespace, lambda name, job: _rayjob(config, name, job))
+    from cluster.ray_jobs import RayJobs
+
+    return RayJobs(config.address, config.working_dir, config.stop_wait_s)
 
 
-def _submit(client: Any, command: str, name: str) -> None:
-    """Raises Retryable when the cluster does not take the job."""
-    deadline = time.monotonic() + AGENT_SECONDS
-    while True:
-        try:
-            client.submit_job(entrypoint=command, submission_id=name)
-            return
-        except RuntimeError as error:
-            if NO_AGENT not in str(error) or time.monotonic() > deadline:
-                raise Retryable(f"the cluster did not take {name}: {str(error).strip().splitlines()[0]}") from error
-        time.sleep(POLL_SECONDS)
+def _rayjob(config: SubmitConfig, name: str, job: Job) -> dict[str, Any]:
+    from cluster import manifests
 
-
-def _follow(client: Any, name: str) -> int:
-    """Print the log until the job ends; its driver's exit code, 75 where the job was stopped or lost."""
-    printed = 0
-    while True:
-        info = client.get_job_info(name)
-        log = client.get_job_logs(name)
-        print(log[printed:], end="", flush=True)
-        printed = len(log)
-        if info.status.is_terminal():
-            done = info.status.value == "SUCCEEDED"
-            return EXIT_OK if done else info.driver_exit_code or Retryable.exit_code
-        time.sleep(POLL_SECONDS)
-
-
-def main() -> int:
-    """Command line of this module."""
-    if len(sys.argv) < 3:
-        print(USAGE, file=sys.stderr)
-        return UsageError.exit_code
-    try:
-        return submit(sys.argv[1], sys.argv[2], sys.argv[3:])
-    except JepaError as error:
-        print(f"jepa submit: {error}", file=sys.stderr)
-        return error.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return manifests.rayjob(name, job.entrypoint, config.pod)

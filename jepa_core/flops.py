@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jepa_core.config import PretrainModelConfig
+from jepa_core.config import ActionPredictorConfig, EncoderConfig, PretrainModelConfig
 from jepa_core.positions import Grid
 
 BACKWARD = 2
@@ -83,6 +83,23 @@ def pretraining_products(
         linear += context * embed * (both_passes - 1)  # nobody asks for the gradient of pixels
         attention += both_passes * (student.attention + groups * guess.attention)
     return Flops(batch * linear, batch * attention)
+
+
+def action_flops(
+    encoder: EncoderConfig, predictor: ActionPredictorConfig, frame_tokens: int, num_frames: int, rollout_steps: int
+) -> float:
+    """Operations of post-training for one clip: each frame alone through the frozen encoder, forward only; the predictor over all
+    frames but the last at once, and over the growing rollout, forward and backward (arXiv 2506.09985, section 3).
+    """
+    values = encoder.tubelet_size * encoder.patch_size**2 * 3
+    seen = _blocks(encoder.dim, encoder.depth, encoder.mlp_ratio, frame_tokens)
+    frozen = num_frames * (sum(seen) + frame_tokens * 2 * values * encoder.dim)
+    conditions = 2 + predictor.use_extrinsics
+    trained = 0.0
+    for frames in (num_frames - 1, *range(1, rollout_steps + 1)):
+        ends = 2 * 2 * frames * frame_tokens * encoder.dim * predictor.dim
+        trained += ends + sum(_blocks(predictor.dim, predictor.depth, predictor.mlp_ratio, frames * (frame_tokens + conditions)))
+    return frozen + (1 + BACKWARD) * trained
 
 
 def _blocks(dim: int, depth: int, mlp_ratio: float, tokens: float) -> Flops:

@@ -12,12 +12,14 @@ from typing import Any
 
 from pipelines import bench_config as bench_schema
 from pipelines import bench_planning_config as planning_schema
+from pipelines import capacity_config as capacity_schema
+from pipelines import cluster_config as cluster_schema
 from pipelines import config as schema
 from pipelines import evaluate_config as evaluate_schema
 from pipelines import ingest_config as ingest_schema
 from pipelines import ledger_config as ledger_schema
 from pipelines import offline_config as offline_schema
-from pipelines import presets
+from pipelines import presets, redact
 from pipelines import seeing_config as seeing_schema
 from pipelines import serve_config as serve_schema
 from pipelines import sweep_config as sweep_schema
@@ -39,6 +41,8 @@ class Verb:
     """Options that words without `=` fill, in this order."""
     flags: tuple[tuple[str, str], ...] = ()
     """(long flag without dashes, the option it sets)."""
+    trailing: str = ""
+    """The option that takes all words from the first one that is neither key=value nor positional: another command."""
 
 
 VERBS = {
@@ -217,6 +221,47 @@ VERBS = {
         ("model", "trajectories"),
         ("run.dir",),
     ),
+    # The verbs of cluster/ are named, not imported: the arrow of imports points from there to here.
+    "submit": Verb(
+        cluster_schema.SubmitConfig,
+        "cluster.submit",
+        "any verb as a job on a Ray cluster, once",
+        ("address",),
+        ("out",),
+        trailing="command",
+    ),
+    "jobs": Verb(
+        cluster_schema.JobsConfig,
+        "cluster.jobs",
+        "list, follow, stop jobs on a cluster",
+        ("address",),
+        (),
+        ("action", "job"),
+    ),
+    "schedule": Verb(
+        cluster_schema.ScheduleConfig,
+        "cluster.schedule",
+        "a job for each window of time, by a CronJob",
+        (),
+        ("out",),
+        ("action",),
+        trailing="command",
+    ),
+    "doctor": Verb(
+        cluster_schema.DoctorConfig,
+        "cluster.doctor",
+        "is everything there that a job needs? checks, with fixes",
+        ("catalog",),
+        ("storage",),
+        flags=(("cheap", "cheap"), ("nodes", "nodes")),
+    ),
+    "plan-capacity": Verb(
+        capacity_schema.CapacityConfig,
+        "pipelines.capacity",
+        "cores, nodes, requests, days and money for a corpus, with the arithmetic",
+        ("run",),
+        ("out",),
+    ),
     "demo": Verb(schema.DemoConfig, "pipelines.demo", "all of the above at toy scale", ("source",), ("dir",)),
 }
 
@@ -249,7 +294,9 @@ def _run(arguments: list[str], reporter: Reporter) -> int:
     if "-h" in rest or "--help" in rest:
         print(_help(name, verb))
         return EXIT_OK
+    redact.refuse(rest)
     config = presets.load(verb.options, name, overrides(verb, [item for item in rest if item != "--dry-run"]))
+    redact.refuse(presets.to_yaml(config).splitlines())  # a preset file of the user's may hold one
     if "--dry-run" in rest:
         print(_dry_run(name, verb, config))
         return EXIT_OK
@@ -258,6 +305,18 @@ def _run(arguments: list[str], reporter: Reporter) -> int:
     result = importlib.import_module(verb.module).run(config, reporter)
     reporter.summary(name, **result)
     return EXIT_OK
+
+
+def checked_command(command: Sequence[str]) -> tuple[str, list[str], Any]:
+    """(verb, its words, its configuration) of a command that is to run elsewhere. Raises UsageError as it would there."""
+    if not command:
+        raise UsageError("no verb: name it after the options, for example jepa submit pretrain preset=NAME")
+    name, rest = split_verb(command)
+    if name not in VERBS:
+        raise UsageError(f"jepa {name} is the first word of several verbs: jepa {name} --help lists them")
+    if VERBS[name].trailing:
+        raise UsageError(f"jepa {name} cannot itself be a job: name the verb that is to run")
+    return name, rest, presets.load(VERBS[name].options, name, overrides(VERBS[name], rest))
 
 
 def split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -297,6 +356,8 @@ def overrides(verb: Verb, arguments: Sequence[str]) -> list[str]:
             settings.append(f"{flags[flag]}={words.pop(0)}")
         elif places and "=" not in word.split("/", 1)[0]:  # a path may hold = further down
             settings.append(f"{places.pop(0)}={word}")
+        elif verb.trailing and "=" not in word:
+            return [*settings, f"{verb.trailing}={json.dumps([word, *words])}"]
         else:
             settings.append(word)
     return settings
@@ -308,6 +369,7 @@ def _is_switch(options: type, name: str) -> bool:
 
 def _fail(reporter: Reporter, message: str, code: int) -> int:
     reporter.stop()
+    message = redact.redacted(message)
     if reporter.terminal:
         print(f"jepa: {message}", file=sys.stderr)
     else:

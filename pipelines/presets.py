@@ -5,6 +5,7 @@ This module imports neither torch nor ray, so that `jepa --help` and any mistake
 
 import difflib
 from collections.abc import Sequence
+from datetime import date
 from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any, TypeVar
@@ -94,7 +95,8 @@ def _split(overrides: Sequence[str]) -> tuple[str | None, dict[str, Any], bool]:
         if not equals or not key:
             raise UsageError(f"{item!r} is not key=value: write for example train.steps=100")
         try:
-            settings[key] = yaml.safe_load(value) if value else value
+            parsed = yaml.safe_load(value) if value else value
+            settings[key] = value if isinstance(parsed, date) else parsed  # 2026-11-22 is the name of a window, not a day
         except yaml.YAMLError as error:
             raise UsageError(f"{item!r}: the value is not valid YAML ({_first_line(error)})") from error
     preset, smoke = settings.pop("preset", None), settings.pop("smoke", False)

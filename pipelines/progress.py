@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from pipelines.redact import redacted
+
 PARTS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("loss", lambda value: f"loss {value:.4f}"),
     ("lr", lambda value: f"lr {value:.1e}"),
@@ -84,10 +86,11 @@ class Reporter:
     def event(self, kind: str, **fields: Any) -> None:
         """Something happened once: a line of text on a terminal, a JSON object elsewhere."""
         if self.terminal:
-            self.console.print("  ".join([f"[bold]{kind}[/bold]", *(f"{k} {escape(_short(v))}" for k, v in fields.items())]))
+            parts = [f"[bold]{kind}[/bold]", *(f"{k} {escape(redacted(_short(v)))}" for k, v in fields.items())]
+            self.console.print("  ".join(parts))
             return
         line = {"time": round(time.time(), 3), "event": kind, **fields}
-        print(json.dumps(line, default=str), file=self.stream, flush=True)
+        print(redacted(json.dumps(line, default=str)), file=self.stream, flush=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A result table."""

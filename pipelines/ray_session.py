@@ -47,6 +47,9 @@ def session(config: RayConfig) -> Iterator[None]:
         where = f"at ray.address={config.address}" if config.address else "on this machine"
         reason = str(error).strip().splitlines()[0]
         raise Retryable(f"Ray did not start {where} ({reason}): check the address and RAY_AUTH_TOKEN, then try again") from error
+    except OSError as error:  # sockets below a path that is too long, a full disk
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"Ray did not start on this machine ({reason}): check TMPDIR, its length and its free space") from error
     _quiet(config.verbose)
     raylets = [] if config.address else ray._private.worker.global_worker.node.all_processes["raylet"]
     pids = [raylet.process.pid for raylet in raylets]

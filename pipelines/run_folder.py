@@ -130,9 +130,13 @@ def damaged_checkpoints(run_dir: str) -> dict[str, str]:
 def read_commit(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the COMMIT says: step, cursor, catalogs, config_hash, code_version, progress, files. Raises InputRefused."""
     try:
-        return json.loads(storage.read_bytes(storage.join(checkpoint.uri, COMMIT)))
-    except ValueError as error:
+        record = json.loads(storage.read_bytes(storage.join(checkpoint.uri, COMMIT)))
+        outside = [name for name in record.get("files", ()) if name.startswith("/") or ".." in name.split("/")]
+    except (ValueError, AttributeError) as error:
         raise InputRefused(f"{checkpoint.uri}/{COMMIT} is damaged ({error})") from error
+    if outside:
+        raise InputRefused(f"{checkpoint.uri}/{COMMIT} names files outside of its folder ({outside[0]}): none of ours does")
+    return record
 
 
 def _damage(checkpoint: Checkpoint) -> str | None:

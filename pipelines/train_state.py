@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from jepa_core.guard import sound_step
-from pipelines import run_folder, storage
+from pipelines import checkpoint_reader, run_folder, storage
 from pipelines.errors import JepaError, Retryable
 from pipelines.run_folder import Checkpoint
 
@@ -70,13 +70,14 @@ class TrainState:
     def load(self, checkpoint: Checkpoint) -> None:
         """Take weights, moments and progress of a checkpoint; it may come from any number of workers, sharded or not.
 
-        All workers call this. Raises InputRefused where the COMMIT is damaged, RuntimeError or ValueError for other shapes.
+        All workers call this. Raises InputRefused where the COMMIT is damaged or the state could run code, and RuntimeError or
+        ValueError for other shapes.
         """
         record = run_folder.read_commit(checkpoint)
         names = [name for name in record["files"] if name.startswith(f"{STATE}/")]
         tensors = self.tensors()
         with _LocalCopy(checkpoint.uri, names) as folder:
-            dcp.load(tensors, checkpoint_id=str(folder / STATE), no_dist=not dist.is_initialized())
+            checkpoint_reader.load(tensors, folder / STATE, alone=not dist.is_initialized())
         set_state_dict(self.module, self.optimizer, model_state_dict=tensors["module"], optim_state_dict=tensors["optimizer"])
         self.progress = Progress(**record["progress"])
 

@@ -38,6 +38,7 @@ REQUIRED = {
     "evaluate energy": ["model=a", "run.dir=b"],
     "evaluate action-score": ["model=a", "run.dir=b"],
     "evaluate masks": ["catalog=a", "run.dir=b", "train.steps=1"],
+    "plan-capacity": [],
 }
 
 

@@ -48,6 +48,16 @@ def test_only_storage_speaks_to_object_stores():
             assert not names & {"boto3", "s3fs", "fsspec"}, path
 
 
+def test_only_the_table_of_verbs_names_modules_of_cluster():
+    """The command line finds the verbs of cluster/ by name when they run. Nothing else below may know of them."""
+    named = set()
+    for path in SOURCES:
+        texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        if path.parent.name != "cluster" and any(re.fullmatch(r"cluster\.[a-z_]+", str(text)) for text in texts):
+            named.add(path.name)
+    assert named == {"cli.py"}
+
+
 @pytest.mark.parametrize("module", ["pipelines.clips", "pipelines.trajectories", "pipelines.ingest", "cluster.submit"])
 def test_decode_and_submit_start_without_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
