@@ -90,7 +90,7 @@ def _ingests(uri: str, config: CapacityConfig, rates: Rates) -> tuple[list[Stage
 
 
 def _planned(config: CapacityConfig, rates: Rates, run: PretrainConfig | PostTrainConfig, workers: float) -> float | None:
-    """Clips a second that the plan expects of these devices; None for post-training, whose configuration names no encoder size."""
+    """Clips a second that the plan expects of these devices; None for post-training, whose options name no encoder size."""
     if isinstance(run, PostTrainConfig):
         return None
     peak, share, _ = device(config, rates)
