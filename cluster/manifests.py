@@ -226,6 +226,7 @@ def cluster_spec(cluster: Cluster) -> dict[str, Any]:
             "upscalingMode": "Default",
             "resources": _same(cpu="500m", memory="1Gi"),
             "securityContext": _container_security(),
+            "volumeMounts": _writable(),  # KubeRay adds the container to the head's pod, and its root is read-only too
         }
     if cluster.redis:
         key = {"secretKeyRef": {"name": cluster.token_secret, "key": "redis_password"}}
@@ -306,7 +307,7 @@ def _pod(cluster: Cluster, name: str, command: list[str] | None, service_account
         "env": [{"name": key, "value": value} for key, value in cluster.env.items()],
         "resources": _same(cpu="500m", memory="1Gi"),
         "securityContext": _container_security(),
-        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, {"name": "home", "mountPath": "/home/ray"}],  # noqa: S108
+        "volumeMounts": _writable(),
     }
     if cluster.env_secret:
         container["envFrom"] = [{"secretRef": {"name": cluster.env_secret}}]
@@ -323,6 +324,10 @@ def _pod(cluster: Cluster, name: str, command: list[str] | None, service_account
         "containers": [container],
         "volumes": [{"name": name, "emptyDir": {"sizeLimit": f"{size}Gi"}} for name, size in (("tmp", 20), ("home", 1))],
     }
+
+
+def _writable() -> list[dict[str, str]]:
+    return [{"name": "tmp", "mountPath": "/tmp"}, {"name": "home", "mountPath": "/home/ray"}]  # noqa: S108
 
 
 def _container_security() -> dict[str, Any]:

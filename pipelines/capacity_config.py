@@ -84,7 +84,7 @@ class CapacityConfig:
     """YAML file of your own rates; the others are those of configs/rates.yaml."""
     prices: PricesConfig = field(default_factory=PricesConfig)
     run: str | None = None
-    """A run of `jepa pretrain`: the same numbers as it really took them, beside those that were planned for it."""
+    """A run of `jepa pretrain` or `post-train`, or a catalog: what it really took, beside what is planned for the same work."""
     out: str | None = None
     """Also write the tables there, as Markdown."""
 

@@ -11,6 +11,7 @@ from jepa_core.config import ActionPredictorConfig, encoder_config
 from jepa_core.flops import action_flops
 from pipelines import capacity, presets, run_folder
 from pipelines.capacity_config import CapacityConfig, StageConfig
+from pipelines.capacity_measured import measured
 from pipelines.capacity_rates import Rates
 from pipelines.errors import InputRefused, UsageError
 from pipelines.progress import Reporter
@@ -203,8 +204,29 @@ def test_a_run_is_compared_with_its_plan(tmp_path):
     assert number["MFU"] == 0.125
     assert number["goodput"] == 0.75
     assert number["wall time"] == pytest.approx(120 / 3600, rel=0.01)
-    assert number["devices"] == pytest.approx((20 * 2 + 70 * 1) / 3600, rel=0.01)
+    assert number["paid for"] == pytest.approx(120 * (20 * 2 + 70 * 1) / 90 / 3600, rel=0.01)
     assert number["clips replaced"] == 1
     assert number["cost of devices"] == pytest.approx(120 / 3600 * (40 + 70) / 90 * 36, rel=0.01)
     assert "planned 0.9" in table["goodput"]["how"]
     assert result["samples"] == 480
+
+
+def test_ingests_are_compared_with_their_plan(tmp_path, monkeypatch):
+    from datetime import UTC, datetime
+
+    import pyarrow as pa
+
+    from pipelines import catalog
+
+    at = [datetime(2026, 11, 23, hour, tzinfo=UTC) for hour in (1, 2, 3, 5)]
+    rows = [
+        {"started": at[0], "finished": at[1], "ingested": 90, "refused": 10, "listed": 100, "config": '{"validate": "sample"}'},
+        {"started": at[2], "finished": at[3], "ingested": 50, "refused": 0, "listed": 150, "config": '{"validate": "none"}'},
+        {"started": at[2], "finished": None, "ingested": 0, "refused": 0, "listed": 0, "config": '{"validate": "none"}'},
+    ]
+    monkeypatch.setattr(catalog, "read", lambda ref, name, columns: pa.Table.from_pylist(rows).select(columns))
+    (stage,), result = measured(config(f"run={tmp_path}", "ingest_cores=2"), Rates())
+    table = {row.what: row for row in stage.rows}
+    assert [table[name].value for name in ("ingests", "listed", "read", "wall time")] == ["2", "250", "150", "3"]
+    assert f"planned {capacity.number((100 * 0.1 + 50 * 0.02) / 2 / 3600)} (CPU only, on 2 cores)" in table["wall time"].how
+    assert result == {"run": str(tmp_path), "items": 150, "wall": "3h00m"}

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -81,6 +82,26 @@ def test_a_job_is_right_and_reaches_its_cluster_by_token(schemas):
     assert told(queued, schemas) == []
     assert queued["spec"]["suspend"]
     assert not queued["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"]
+
+
+def test_a_job_of_the_submit_verb_is_right_with_few_words(schemas):
+    pods = SimpleNamespace(
+        image="registry/jepa@sha256:0", namespace="default", token_secret="t", gpu_workers=2, decode_workers=1, queue=None,
+        env_secret="keys", deadline_s=3600,
+    )  # fmt: skip
+    document = manifests.rayjob("jepa-pretrain-0123456789", "jepa pretrain", pods)
+    assert told(document, schemas) == []
+    spec = document["spec"]
+    assert spec["activeDeadlineSeconds"] == 3600
+    assert spec["jobId"] == document["metadata"]["name"]
+    groups = {group["groupName"]: group for group in spec["rayClusterSpec"]["workerGroupSpecs"]}
+    assert [(groups[name]["minReplicas"], groups[name]["maxReplicas"]) for name in ("decode", "train")] == [(1, 1), (2, 2)]
+    assert groups["decode"]["labels"] == {"role": "decode"}
+    container = groups["train"]["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert container["envFrom"] == [{"secretRef": {"name": "keys"}}]
+    pods.gpu_workers = 0
+    assert len(manifests.rayjob("a", "b", pods)["spec"]["rayClusterSpec"]["workerGroupSpecs"]) == 1
 
 
 HEAD = "rayClusterSpec__headGroupSpec__template__spec"
