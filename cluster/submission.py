@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cluster import windows
@@ -21,6 +22,8 @@ Status = Literal["waiting", "running", "succeeded", "failed", "stopped"]
 LONGEST_NAME = 47
 """Of a RayJob: KubeRay appends to it and must stay below 63 characters."""
 ATTEMPT = "-try"
+SOURCES = (".py", ".yaml", ".yml", ".toml", ".jinja")
+"""What of a working_dir makes it other code."""
 SIGNALLED = 128
 """Exit codes above are those of processes that a signal has ended: the machine's doing, not the verb's."""
 CLASSES: dict[int, type[JepaError]] = {error.exit_code: error for error in (UsageError, InputRefused, ConditionMissed, Retryable)}
@@ -93,12 +96,25 @@ def job_of(config: SubmitConfig) -> Job:
     window = windows.name_of(config.window) if config.window else None
     if window and verb == "ingest" and not options.run:
         words = [*words, f"run={window}"]
-    digest = hashlib.sha256(f"{verb}\n{to_yaml(options)}".encode()).hexdigest()[:10]
+    code = _code_digest(config.working_dir) if config.working_dir else ""
+    digest = hashlib.sha256(f"{verb}\n{to_yaml(options)}{code}".encode()).hexdigest()[:10]
     room = LONGEST_NAME - len(ATTEMPT) - len(f"jepa--{digest}99") - (len(window) + 1 if window else 0)
     parts = ["jepa", verb.replace(" ", "-")[:room].rstrip("-"), digest, *([window] if window else [])]
     command = ["python", "-m", "pipelines.cli"] if config.working_dir else ["jepa"]
     joins = ["ray.address=auto"] if has_option(schema, "ray") else []
     return Job("-".join(parts), verb, words, shlex.join([*command, *verb.split(), *words, *joins]), window)
+
+
+def _code_digest(folder: str) -> str:
+    """Of the sources below a folder: changed code is another job. Raises UsageError where there is no such folder."""
+    if not Path(folder).is_dir():
+        raise UsageError(f"working_dir={folder} is no folder: check the path")
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(folder).rglob("*") if path.suffix in SOURCES and path.is_file()):
+        place = path.relative_to(folder)
+        if not any(part.startswith(".") for part in place.parts):
+            digest.update(f"{place}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def begin(backend: Backend, job: Job, *, again: bool) -> tuple[str, bool]:

@@ -7,6 +7,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import yaml
@@ -39,10 +40,24 @@ def test_the_name_is_that_of_the_configuration():
     assert longest.name.endswith("-2026-11-22t03")
 
 
+def test_code_of_a_folder_is_part_of_the_name(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1")
+    first = job(working_dir=str(tmp_path)).name
+    assert first != job().name
+    (tmp_path / "notes.txt").write_text("of no meaning")
+    assert job(working_dir=str(tmp_path)).name == first
+    (tmp_path / "a.py").write_text("x = 2")
+    assert job(working_dir=str(tmp_path)).name != first
+    with pytest.raises(UsageError, match="is no folder"):
+        job(working_dir=str(tmp_path / "none"))
+
+
 def test_the_entrypoint_is_what_a_user_would_type_there():
     assert job().entrypoint == "jepa ingest source=s3://a/b catalog=s3://a/c ray.address=auto"
     assert job("catalog", "show", "s3://a/b c").entrypoint == "jepa catalog show 's3://a/b c'"
-    assert job(*INGEST, working_dir=".").entrypoint.startswith("python -m pipelines.cli ingest ")
+    assert job(*INGEST, working_dir=str(Path(__file__).parent.parent / "cluster")).entrypoint.startswith(
+        "python -m pipelines.cli ingest "
+    )
     words = shlex.split(job(*INGEST, window="2026-11-22").entrypoint)
     assert cli.checked_command(words[1:])[2].run == "2026-11-22"  # to YAML, a date
 
