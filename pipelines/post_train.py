@@ -132,12 +132,12 @@ class PostTrainTask:
     def __init__(self, config: PostTrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         source = frozen_config(config.run.dir)
-        self.encoder, self.dim = None, source.model.encoder.dim
+        self.encoder, self.dim, self.patch_size = None, source.model.encoder.dim, source.model.encoder.patch_size
+        self.side = (config.crop_size or source.clip.crop_size) // self.patch_size
+        # Before the encoder, which draws weights too: one seed is one predictor, wherever tokens come from.
+        self.module = PostTraining(config, self.dim, self.side).to(device)
         if config.latents == "online":
             self.encoder = load_frozen_encoder(config.run.dir)[0].to(device)
-        self.patch_size = source.model.encoder.patch_size
-        self.side = (config.crop_size or source.clip.crop_size) // self.patch_size
-        self.module = PostTraining(config, self.dim, self.side).to(device)
 
     def tensors(self, unit: "Unit") -> tuple[Tensor, Tensor, Tensor | None, bool]:
         """Tokens, encoded here or read; actions are computed from the states inside the module."""
