@@ -16,7 +16,7 @@ KINDS = {
     "pretrain": {"model", "clip", "catalog"},
     "sweep": {"masks", "base"},
     "post-train": {"trajectories", "encoder"},
-    "offline": {"model", "clips"},
+    "offline": {"model", "trajectories", "clips"},
     "plan": {"planner", "model"},
     "evaluate": {"model", "controls"},
     "pictures": {"model", "footage"},

@@ -130,7 +130,7 @@ def test_the_actor_that_encodes_gives_what_the_tasks_give(catalog_uri, ray_sessi
     arms = {"pixels": Arm("pixels", SMALL), "random": Arm("random", SMALL)}
     wanted = features.extract(ref, items, arms, CLIP, "mean", f"{tmp_path}/tasks", reporter)
     folders = {name: f"{tmp_path}/actor/{name}" for name in arms}
-    entries = features._entries(ref, items, CLIP)
+    entries = clip_items.entries_of(ref, items, CLIP)
     job = features._Job(ref, CLIP, "mean", folders, ray.put(arms), ray.put(entries))
     table = features._decode(features._plan(0, list(arms), range(3), items, {row["id"]: 0}), job)
     features._Encoder(job)(table)

@@ -121,7 +121,7 @@ def exported():
     """Every series that the code makes, as Prometheus sees it -> its labels."""
     gauge_names = [name for name, _ in gauges.GAUGES.values()] + [gauges.AGE[0]]
     series = {f"ray_{gauges.PREFIX}{name}": {"run"} for name in gauge_names}
-    series |= {f"ray_{gauges.PREFIX}{gauges.DATASET_LOSS[0]}": {"run", "dataset"}}
+    series |= {f"ray_{gauges.PREFIX}{name}": {"run", label} for name, _, label in gauges.LABELLED.values()}
     series |= {f"ray_{gauges.PREFIX}{name}_total": {"run", *labels} for name, (_, labels) in gauges.COUNTERS.items()}
     return series | {f"ray_{ingest_report.ITEMS_COUNTER}_total": {"reason"}}
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import encode, make_frames
+from harness import slow
 
 from jepa_core.positions import Grid
 from pipelines import gauges, online_probe, pretrain, probe, progress, report, run_folder, train_probe
@@ -151,6 +152,8 @@ def test_training_is_the_same_bits_with_the_probe_and_without(without, catalog_u
     assert "a small fixed set of clips" in page
 
 
+@slow
+@pytest.mark.chaos
 @pytest.mark.ray
 def test_workers_share_the_clips_of_a_sharded_encoder(without, catalog_uri, reporter, tmp_path):
     more = ("train.num_workers=2", "train.parallel=fsdp", "probe.every=4", "probe.max_clips=24")

@@ -57,7 +57,8 @@ def test_a_kill_between_any_two_writes_leaves_the_checkpoint_before_or_the_new_o
         assert_same(run_dir, undisturbed)
 
 
-@pytest.mark.parametrize("harm", ["flip", pytest.param("truncate", marks=slow)])
+@slow  # `make test` has tests/test_checkpoints.py
+@pytest.mark.parametrize("harm", ["flip", "truncate"])
 def test_a_damaged_checkpoint_is_passed_over_and_told(undisturbed, catalog_uri, tmp_path, harm):
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed, run_dir)
