@@ -232,3 +232,24 @@ def test_names_from_files_do_not_lead_out_of_a_folder(tmp_path):
     (folder / "COMMIT").write_text(json.dumps({"step": 1, "files": {"state/../../../.bashrc": {"size": 1, "sha256": ""}}}))
     with pytest.raises(InputRefused, match="outside of its folder"):
         run_folder.read_commit(run_folder.Checkpoint(str(folder), 1))
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "said"),
+    [
+        ('print(\'{"dependencies": [{"name": "a", "version": "1", "vulns": [{"id": "X-1"}]}]}\')', 1, "a 1: X-1"),
+        ('print(\'{"dependencies": [{"name": "a", "version": "1", "vulns": []}]}\')', 0, "0 of 1 packages"),
+        ('print(\'{"dependencies": [{"name": "a", "skip_reason": "not found"}]}\')', 0, "knows none of the installed packages"),
+        ("raise SystemExit('requests.exceptions.ConnectionError: no name')", 0, "does not answer"),
+        ("raise SystemExit('boom')", 1, "boom"),
+    ],
+)
+def test_an_audit_that_asked_nobody_is_not_called_clean(tmp_path, answer, code, said):
+    package = tmp_path / "pip_audit"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(answer)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(ROOT / "infra" / "audit.py")], env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr
