@@ -21,7 +21,7 @@ from pipelines.bench_readout import LABELS, SPLITS, ProbeClips
 from pipelines.bench_table import CONTROL, FRAME_DIFFERENCE, PIXELS, PREDICTION, RANDOM, SUPERVISED
 from pipelines.clip_reader import COLUMNS, read_clip
 from pipelines.config import PretrainConfig
-from pipelines.errors import ConditionMissed, InputRefused, JepaError, Retryable, UsageError, unwrapped
+from pipelines.errors import ConditionMissed, InputRefused, UsageError, unwrapping
 from pipelines.ingest_config import IngestConfig
 from pipelines.presets import load
 from pipelines.progress import Reporter
@@ -153,7 +153,7 @@ def _run_trials(
     reporter.start("bench", len(trials), "runs")
     shared, task = ray.put(clips), ray.remote(num_cpus=config.cpus_per_trial, max_retries=0)(_train_and_probe)
     waiting, running, done = iter(trials), [], 0
-    try:
+    with unwrapping("a run failed: {}; the same command runs what is missing"):
         while True:
             started = itertools.islice(waiting, config.concurrency - len(running))
             running += [task.remote(*key, trials[key], shared) for key in started]
@@ -163,12 +163,6 @@ def _run_trials(
             for name, scores in ray.get(ready):
                 done += 1
                 reporter.advance(done, trial=name, **scores)
-    except Exception as error:  # Ray wraps what a task raises
-        ours = unwrapped(error)
-        if isinstance(ours, JepaError):
-            raise ours from error
-        last = str(error).strip().splitlines()[-1]
-        raise Retryable(f"a run failed: {last}; the same command runs what is missing") from error
     reporter.stop()
 
 

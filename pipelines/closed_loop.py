@@ -16,7 +16,7 @@ import numpy as np
 from jepa_core.config import PlannerConfig
 from pipelines import storage
 from pipelines.config import SimConfig, TaskName
-from pipelines.errors import InputRefused, JepaError, Retryable, UsageError, unwrapped
+from pipelines.errors import InputRefused, UsageError, unwrapping
 from pipelines.progress import Reporter
 
 FILMS = "episodes"
@@ -106,15 +106,10 @@ def play_all(
         actors = [ray.remote(num_cpus=1)(Player).remote(arena, list(agents), run_dir, folder) for _ in range(slots)]
         reporter.start(f"play {arena.task}", len(missing), "scenes")
         try:
-            jobs = ActorPool(actors).map_unordered(lambda actor, job: actor.play.remote(*job), list(missing.items()))
-            for done, line in enumerate(jobs, start=1):
-                reporter.advance(done, **line)
-        except Exception as error:  # Ray wraps what an actor raises
-            ours = unwrapped(error)
-            if isinstance(ours, JepaError):
-                raise ours from error
-            last = str(error).strip().splitlines()[-1]
-            raise Retryable(f"an episode failed: {last}; the same command plays what is missing") from error
+            with unwrapping("an episode failed: {}; the same command plays what is missing"):
+                jobs = ActorPool(actors).map_unordered(lambda actor, job: actor.play.remote(*job), list(missing.items()))
+                for done, line in enumerate(jobs, start=1):
+                    reporter.advance(done, **line)
         finally:
             for actor in actors:
                 ray.kill(actor)

@@ -243,10 +243,7 @@ class PlanConfig:
 
     def check(self) -> None:
         """Numbers that cannot be meant."""
-        try:
-            self.planner.check()
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        self.planner.check()
 
 
 @dataclass(frozen=True)

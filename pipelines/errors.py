@@ -3,6 +3,8 @@
 Every message says what, where, and what to do, in one sentence. The exit code tells a scheduler whether to try again.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 EXIT_OK = 0
@@ -48,3 +50,25 @@ def unwrapped(error: BaseException) -> BaseException:
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__
     return error
+
+
+def last_line(error: BaseException) -> str:
+    """What a traceback that Ray has made the message of an error ends with."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+@contextmanager
+def unwrapping(lost: str = "") -> Iterator[None]:
+    """Raises our own error, which Ray wraps, as the task raised it.
+
+    Of any other error, `lost` makes a Retryable: one sentence with {} for what the error says last. Without it they pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        ours = unwrapped(error)
+        if ours is not error:
+            raise ours from error
+        if isinstance(error, JepaError) or not lost:
+            raise
+        raise Retryable(lost.format(last_line(error))) from error

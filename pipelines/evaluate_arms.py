@@ -14,7 +14,7 @@ import torch
 from jepa_core.config import AttentiveConfig, ClipConfig, EncoderConfig
 from jepa_core.encoder import clip_grid
 from pipelines import catalog, ray_session, run_folder, storage
-from pipelines.errors import InputRefused, JepaError, Retryable, UsageError, unwrapped
+from pipelines.errors import InputRefused, UsageError, unwrapping
 from pipelines.evaluate_config import models, require_models
 from pipelines.features import Arm, trained_arm
 from pipelines.pretrain import load_encoder
@@ -219,7 +219,7 @@ def run_tasks(
     reference = ray.put(shared)
     task = ray.remote(num_cpus=1, num_gpus=config.gpus or None, max_retries=0)(function)
     waiting, running, done = iter(calls), [], 0
-    try:
+    with unwrapping("a probe failed: {}; the same command does what is missing"):
         while True:
             running += [task.remote(*call, reference) for call in itertools.islice(waiting, config.concurrency - len(running))]
             if not running:
@@ -228,12 +228,6 @@ def run_tasks(
             for names in ray.get(ready):
                 done += len(names)
                 reporter.advance(done, unit=names[-1] if names else "")
-    except Exception as error:  # Ray wraps what a task raises
-        ours = unwrapped(error)
-        if isinstance(ours, JepaError):
-            raise ours from error
-        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise Retryable(f"a probe failed: {last}; the same command does what is missing") from error
     reporter.stop()
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipelines import ray_session, storage
-from pipelines.errors import InputRefused, UsageError, unwrapped
+from pipelines.errors import InputRefused, UsageError, unwrapping
 from pipelines.progress import Reporter
 from pipelines.trajectories_config import ExportConfig
 
@@ -52,16 +52,11 @@ def run(config: ExportConfig, reporter: Reporter) -> dict[str, Any]:
         from pipelines import export_lerobot, export_rerun, trajectories
 
         write = export_lerobot.write if config.format == "lerobot" else export_rerun.write
-        try:
+        with unwrapping():
             index = trajectories.index_episodes(config.trajectories, "physical", 0.0, config.episodes)
             rows = trajectories.usable(index).to_pylist()
             fps = config.fps or max(1, round(_rate(rows)))
             return write(replace(config, out=out, fps=fps), episodes(rows, fps), reporter)
-        except Exception as error:  # Ray wraps what a task raises
-            ours = unwrapped(error)
-            if ours is error:
-                raise
-            raise ours from error
 
 
 def episodes(rows: list[dict[str, Any]], fps: int) -> list[Episode]:

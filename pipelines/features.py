@@ -26,7 +26,7 @@ from jepa_core.weights import State
 from pipelines import storage
 from pipelines.catalog_schema import CatalogRef
 from pipelines.clip_items import Item, entries_of, read_items
-from pipelines.errors import InputRefused, JepaError, Retryable, unwrapped
+from pipelines.errors import InputRefused, JepaError, unwrapping
 from pipelines.pretrain import load_encoder
 from pipelines.progress import Reporter
 from pipelines.video import tubelets
@@ -280,16 +280,10 @@ def _run(
         data = data.map_batches(_Encoder, fn_constructor_args=(job,), compute=pool, num_gpus=num_gpus, **whole)
     else:
         data = data.map_batches(_decode_and_encode, fn_args=(job,), num_cpus=1, **whole)
-    try:
+    with unwrapping("features: a task failed ({}); the same command extracts what is missing"):
         for table in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in range(table.num_rows):
                 yield units.unit_of(table.slice(row, 1)).number
-    except Exception as error:  # Ray wraps what a task raises
-        ours = unwrapped(error)
-        if isinstance(ours, JepaError):
-            raise ours from error
-        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise Retryable(f"features: a task failed ({last}); the same command extracts what is missing") from error
 
 
 def _plan(number: int, names: list[str], block: range, items: Sequence[Item], row_of: Mapping[str, int]) -> pa.Table:

@@ -35,7 +35,7 @@ from pipelines.catalog_schema import (
     CatalogRef,
     item_id,
 )
-from pipelines.errors import InputRefused, unwrapped
+from pipelines.errors import InputRefused, unwrapping
 from pipelines.ingest_config import IngestConfig, Validate
 from pipelines.ingest_scan import Scan, load_known, scan
 from pipelines.ingest_tasks import RESULT_SCHEMA, Job, list_members, probe_items
@@ -63,14 +63,8 @@ def run(config: IngestConfig, reporter: Reporter) -> dict[str, Any]:
     for uri in (source, ref.uri):
         storage.check_bucket(uri)
     kind = sources.detect(source, config.kind)
-    with contextlib.ExitStack() as stack:
-        try:
-            return _Ingest(config, source, kind, CatalogRef(ref.uri, None), reporter, stack).run()
-        except Exception as error:  # Ray wraps what a task raises
-            ours = unwrapped(error)
-            if ours is error:
-                raise
-            raise ours from error
+    with contextlib.ExitStack() as stack, unwrapping():
+        return _Ingest(config, source, kind, CatalogRef(ref.uri, None), reporter, stack).run()
 
 
 class _Ingest:

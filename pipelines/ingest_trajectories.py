@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from pipelines import catalog, ray_session, storage, trajectories_layouts
 from pipelines.catalog_schema import CURRENT, REPLACED, RUN_SCHEMA, RUNS, VANISHED, CatalogRef
-from pipelines.errors import InputRefused, unwrapped
+from pipelines.errors import InputRefused, unwrapping
 from pipelines.progress import Reporter
 from pipelines.robot.recording import Item, Reading
 from pipelines.trajectories_config import TrajectoriesConfig
@@ -36,13 +36,8 @@ def run(config: TrajectoriesConfig, reporter: Reporter) -> dict[str, Any]:
     source, ref = storage.normalize(config.source), catalog.parse_ref(config.catalog)
     for uri in (source, ref.uri):
         storage.check_bucket(uri)
-    try:
+    with unwrapping():
         return _Ingest(replace(config, source=source), CatalogRef(ref.uri, None), reporter).run()
-    except Exception as error:  # Ray wraps what a task raises
-        ours = unwrapped(error)
-        if ours is error:
-            raise
-        raise ours from error
 
 
 class _Ingest:

@@ -24,7 +24,7 @@ import torch
 
 from jepa_core.encoder import VisionTransformer
 from pipelines import post_train_data, storage, units
-from pipelines.errors import InputRefused, JepaError, Retryable, unwrapped
+from pipelines.errors import InputRefused, JepaError, Retryable, unwrapping
 from pipelines.features import Arm
 from pipelines.post_train_data import LATENT_FRAMES, LATENT_OFFSET, LATENT_URI, Clips
 from pipelines.progress import Reporter
@@ -104,7 +104,7 @@ def _run(job: _Job, count: int, num_gpus: float) -> Iterator[dict[str, Any]]:
         data = data.map_batches(_Encoder, fn_constructor_args=(job,), compute=pool, num_gpus=num_gpus, **whole)
     else:
         data = data.map_batches(_decoded_and_encoded, fn_args=(job,), num_cpus=1, **whole)
-    try:
+    with unwrapping("latents: a task failed ({}); the same command encodes what is missing"):
         for table in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for text in table["told"].to_pylist():
                 told = json.loads(text)
@@ -112,12 +112,6 @@ def _run(job: _Job, count: int, num_gpus: float) -> Iterator[dict[str, Any]]:
                     kind = Retryable if told["kind"] == Retryable.__name__ else InputRefused
                     raise kind(f"latents: {told['error']}")
                 yield told
-    except Exception as error:  # Ray wraps what a task raises
-        ours = unwrapped(error)
-        if isinstance(ours, JepaError):
-            raise ours from error
-        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise Retryable(f"latents: a task failed ({last}); the same command encodes what is missing") from error
 
 
 def _decoded(plan: pa.Table, job: _Job) -> pa.Table:

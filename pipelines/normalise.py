@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import catalog, ingest, ray_session, sandbox, storage
-from pipelines.errors import InputRefused, UsageError, unwrapped
+from pipelines.errors import InputRefused, UsageError, unwrapping
 from pipelines.ingest_config import IngestConfig, LimitsConfig, NormaliseConfig
 from pipelines.progress import Reporter
 from pipelines.transcode import Settings
@@ -67,11 +67,8 @@ def run(config: NormaliseConfig, reporter: Reporter) -> dict[str, Any]:
     missing = plan.filter(pc.invert(pc.is_in(plan["shard"], pa.array(finished(out, plan), pa.string()))))
     tasks = list(shard_tables(missing, videos))
     reporter.start("normalise", sum(map(len, tasks)), "videos")
-    with ray_session.session(config.ray):
-        try:
-            made = _make(tasks, {"settings": settings, "out": out, "source_catalog": str(ref)}, reporter)
-        except Exception as error:  # Ray wraps what a task raises
-            raise unwrapped(error) from error
+    with ray_session.session(config.ray), unwrapping():
+        made = _make(tasks, {"settings": settings, "out": out, "source_catalog": str(ref)}, reporter)
     reporter.stop()
     refused = write_refused(out, plan)
     if not storage.list_files(storage.join(out, SHARDS), (".tar",), missing_ok=True):

@@ -12,19 +12,14 @@ from pipelines.evaluate_config import models
 
 
 @dataclass(frozen=True)
-class RolloutEvaluationConfig:
-    """jepa evaluate rollout: latent error against horizon, beside copying the last frame and the actions of another clip."""
+class OfflineConfig:
+    """What all three have."""
 
     model: Any = MISSING
     """URI of a post-training run, or of one of its checkpoints."""
     trajectories: str | None = None
     """Catalog or folder of episodes; by default those that the run held out."""
-    clips: int = 64
-    num_frames: int = 0
-    """Frames of a clip, one more than the horizon; 0 takes the model's."""
-    distance: Literal["l1", "l2"] = "l1"
-    shown: int = 6
-    """Clips on the sheet of nearest frames."""
+    clips: int = 32
     seed: int = 0
     concurrency: int = 2
     gpus: float = 0.0
@@ -33,20 +28,34 @@ class RolloutEvaluationConfig:
 
     def check(self) -> None:
         """Options that cannot be meant."""
-        _check_shared(self)
+        if len(models(self.model)) > 1:
+            raise UsageError("model: one world model is evaluated at a time")
+        if min(self.clips, self.concurrency) < 1 or self.gpus < 0:
+            raise UsageError("clips and concurrency must be at least 1, gpus not negative")
+
+
+@dataclass(frozen=True)
+class RolloutEvaluationConfig(OfflineConfig):
+    """jepa evaluate rollout: latent error against horizon, beside copying the last frame and the actions of another clip."""
+
+    clips: int = 64
+    num_frames: int = 0
+    """Frames of a clip, one more than the horizon; 0 takes the model's."""
+    distance: Literal["l1", "l2"] = "l1"
+    shown: int = 6
+    """Clips on the sheet of nearest frames."""
+
+    def check(self) -> None:
+        """Options that cannot be meant."""
+        super().check()
         if self.num_frames < 0 or self.num_frames == 1 or self.shown < 1:
             raise UsageError(f"num_frames={self.num_frames} must be 0 or at least 2, shown={self.shown} at least 1")
 
 
 @dataclass(frozen=True)
-class EnergyConfig:
+class EnergyConfig(OfflineConfig):
     """jepa evaluate energy: how far from the recorded action the predicted outcome is nearest to the true one."""
 
-    model: Any = MISSING
-    """URI of a post-training run, or of one of its checkpoints."""
-    trajectories: str | None = None
-    """Catalog or folder of episodes; by default those that the run held out."""
-    clips: int = 32
     points: int = 5
     """Of the grid along each of x, y and z; odd, so that its centre is one."""
     radius: float = 0.075
@@ -58,45 +67,22 @@ class EnergyConfig:
     """Clips with a picture of their landscape."""
     batch: int = 125
     """Actions whose outcome is predicted at a time."""
-    seed: int = 0
-    concurrency: int = 2
-    gpus: float = 0.0
-    run: RunConfig = field(default_factory=RunConfig)
-    ray: RayConfig = field(default_factory=RayConfig)
 
     def check(self) -> None:
         """Options that cannot be meant."""
-        _check_shared(self)
+        super().check()
         if self.points < 3 or not self.points % 2 or not self.radius > 0 or self.batch < 1 or self.shown < 1:
             raise UsageError("points must be odd and at least 3, radius positive, batch and shown at least 1")
 
 
 @dataclass(frozen=True)
-class ActionScoreConfig:
+class ActionScoreConfig(OfflineConfig):
     """jepa evaluate action-score: planned against recorded actions, beside doing nothing and random actions."""
 
-    model: Any = MISSING
-    """URI of a post-training run, or of one of its checkpoints."""
-    trajectories: str | None = None
-    """Catalog or folder of episodes; by default those that the run held out."""
-    clips: int = 32
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     """`horizon` actions are planned towards the frame that many steps ahead."""
-    seed: int = 0
-    concurrency: int = 2
-    gpus: float = 0.0
-    run: RunConfig = field(default_factory=RunConfig)
-    ray: RayConfig = field(default_factory=RayConfig)
 
     def check(self) -> None:
         """Options that cannot be meant."""
-        _check_shared(self)
-        if self.planner.horizon < 1 or not 1 < self.planner.elites <= self.planner.samples or self.planner.iterations < 1:
-            raise UsageError("planner: horizon and iterations must be at least 1, elites at least 2 and at most samples")
-
-
-def _check_shared(config: Any) -> None:
-    if len(models(config.model)) > 1:
-        raise UsageError("model: one world model is evaluated at a time")
-    if min(config.clips, config.concurrency) < 1 or config.gpus < 0:
-        raise UsageError("clips and concurrency must be at least 1, gpus not negative")
+        super().check()
+        self.planner.check()

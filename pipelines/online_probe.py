@@ -26,7 +26,7 @@ from pipelines import catalog, clip_groups, evaluate_arms, evaluate_rows, featur
 from pipelines.catalog_schema import CatalogRef
 from pipelines.clip_items import Item, entries_of, failure, read_items
 from pipelines.config import PretrainConfig, RunConfig
-from pipelines.errors import InputRefused, JepaError, Retryable, UsageError, unwrapped
+from pipelines.errors import InputRefused, UsageError, unwrapping
 from pipelines.evaluate_config import ProbeEvaluationConfig, ViewsConfig
 from pipelines.evaluate_rows import Plan
 from pipelines.features import Arm, Features
@@ -216,19 +216,15 @@ def _decoded(ref: CatalogRef, items: list[Item], clip: ClipConfig, encoder: Enco
         calls = [task.remote(ref, items[p.start : p.stop], entries[p.start : p.stop], p.start, clip, encoder) for p in waiting]
         again = []
         for part, call in zip(waiting, calls, strict=True):
-            try:
-                parts[part.start] = ray.get(call)
-            except ray.exceptions.WorkerCrashedError:  # one of them has killed its process: each alone
-                if len(part) > 1:
-                    again += [range(n, n + 1) for n in part]
-                    continue
-                row = failure(part.start, entries[part.start], "crashed", "the process that read it died")
-                parts[part.start] = _Part(np.empty(0, np.int64), None, None, [row])
-            except Exception as error:  # Ray wraps what a task raises
-                ours = unwrapped(error)
-                if isinstance(ours, JepaError):
-                    raise ours from error
-                raise Retryable(f"probe: a task failed ({str(error).strip().splitlines()[-1]}): try again") from error
+            with unwrapping("probe: a task failed ({}): try again"):
+                try:
+                    parts[part.start] = ray.get(call)
+                except ray.exceptions.WorkerCrashedError:  # one of them has killed its process: each alone
+                    if len(part) > 1:
+                        again += [range(n, n + 1) for n in part]
+                        continue
+                    row = failure(part.start, entries[part.start], "crashed", "the process that read it died")
+                    parts[part.start] = _Part(np.empty(0, np.int64), None, None, [row])
             done += len(part)
             reporter.advance(done)
         waiting = again

@@ -46,7 +46,10 @@ def load(schema: type[T], verb: str, overrides: Sequence[str]) -> T:
     except OmegaConfBaseException as error:
         raise UsageError(_explain(error, schema)) from error
     if hasattr(config, "check"):
-        config.check()
+        try:
+            config.check()
+        except ValueError as error:  # jepa_core knows no UsageError
+            raise UsageError(str(error)) from error
     return config
 
 

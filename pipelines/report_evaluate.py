@@ -13,12 +13,9 @@ NOT_YET = "Not there yet: the evaluation has no result; the command that began i
 
 def evaluation(section: Section) -> None:
     """Lay out one evaluation."""
-    result = run_folder.read_json(section.run_dir, run_folder.RESULT)
-    if not isinstance(result, dict):
-        section.lead = "What frozen features know."
-        section.notes.append(NOT_YET)
+    result = _result(section, "What frozen features know.")
+    if result is None:
         return
-    section.lead = result["lead"]
     trained = [line for line in result["arms"] if line["arm"] == "trained"]
     section.cards += [Card(line["probe"], evaluate_table.shown(line), "trained, %") for line in trained]
     section.cards += [Card(f"{split} rows", f"{count:,}") for split, count in result.get("splits", {}).items()]
@@ -33,40 +30,47 @@ def evaluation(section: Section) -> None:
     if rows:
         caption = "In points, paired by seed; p of the paired t test."
         group.tables.append(Table(columns, [list(row) for row in rows], caption))
-    for picture in result.get("pictures", []):
-        section.attempt(picture["file"], lambda picture=picture: _picture(section, group, picture))
+    _pictures(section, group, result)
 
 
 def pictures(section: Section) -> None:
     """Lay out `jepa evaluate decode` or `features`: their pictures, and PSNR where there is one."""
-    result = run_folder.read_json(section.run_dir, run_folder.RESULT)
-    if not isinstance(result, dict):
-        section.lead = "What frozen features look like."
-        section.notes.append(NOT_YET)
+    result = _result(section, "What frozen features look like.")
+    if result is None:
         return
-    section.lead = result["lead"]
     section.cards += [Card(line["arm"], f"{line['mean']:.1f} dB", "PSNR, held-out clips") for line in result.get("arms", [])]
     section.notes += _notes({"differences": []} | result)
     group = Group(str(result["task"]).capitalize())
     section.groups.append(group)
-    for picture in result["pictures"]:
-        section.attempt(picture["file"], lambda picture=picture: _picture(section, group, picture))
+    _pictures(section, group, result)
 
 
 def offline(section: Section) -> None:
     """Lay out `jepa evaluate rollout`, `energy` or `action-score`: its table and its pictures."""
-    result = run_folder.read_json(section.run_dir, run_folder.RESULT)
-    if not isinstance(result, dict):
-        section.lead = "A world model on held-out episodes."
-        section.notes.append(NOT_YET)
+    result = _result(section, "A world model on held-out episodes.")
+    if result is None:
         return
-    section.lead = result["lead"]
     section.cards += [Card(name.replace("_", " "), f"{value:.3g}", result["task"]) for name, value in result["summary"].items()]
     group = Group(str(result["task"]).capitalize())
     section.groups.append(group)
     caption = f"{result['title'].capitalize()}; intervals at 95 %, a bootstrap."
     group.tables.append(Table(result["columns"], [list(row) for row in result["rows"]], caption))
-    for picture in result["pictures"]:
+    _pictures(section, group, result)
+
+
+def _result(section: Section, lead: str) -> Row | None:
+    """What result.json says, its lead told; None, with a note and `lead`, where there is none yet."""
+    result = run_folder.read_json(section.run_dir, run_folder.RESULT)
+    if not isinstance(result, dict):
+        section.lead = lead
+        section.notes.append(NOT_YET)
+        return None
+    section.lead = result["lead"]
+    return result
+
+
+def _pictures(section: Section, group: Group, result: Row) -> None:
+    for picture in result.get("pictures", []):
         section.attempt(picture["file"], lambda picture=picture: _picture(section, group, picture))
 
 

@@ -43,7 +43,4 @@ class ServePlannerConfig:
         for name in ("max_body_mb", "max_pixels", "max_sessions"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name}={getattr(self, name)} must be above 0")
-        try:
-            self.planner.check()
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        self.planner.check()

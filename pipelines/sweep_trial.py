@@ -20,7 +20,7 @@ from jepa_core.encoder import clip_grid
 from jepa_core.flops import pretraining_flops
 from pipelines import pretrain, run_folder, storage
 from pipelines.config import PretrainConfig
-from pipelines.errors import JepaError, Retryable, unwrapped
+from pipelines.errors import JepaError, Retryable, last_line, unwrapped
 from pipelines.progress import Reporter
 
 POINTS, FAILURE = "points.json", "failure.json"
@@ -70,8 +70,7 @@ def told(error: Exception) -> tuple[str, bool]:
     ours = unwrapped(error)
     if isinstance(ours, JepaError):
         return str(ours), isinstance(ours, Retryable)
-    text = str(error).strip().splitlines()
-    return (text[-1] if text else type(error).__name__), True
+    return last_line(error), True
 
 
 def train_and_probe(name: str, seed: int, config: PretrainConfig, data: Any, stop: int) -> list[Row]:

@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines import run_folder, storage
 from pipelines.config import TrainConfig
-from pipelines.errors import InputRefused, JepaError, Retryable, UsageError, unwrapped
+from pipelines.errors import InputRefused, JepaError, Retryable, UsageError, last_line, unwrapped
 from pipelines.presets import to_yaml
 from pipelines.progress import Reporter
 from pipelines.relay import WARNING, Relay
@@ -159,5 +159,4 @@ def _worker_error(error: Exception) -> JepaError:
         inner = unwrapped(candidate)
         if isinstance(inner, JepaError):
             return type(inner)(str(inner.args[0] if inner.args else inner))
-    text = str(seen[-1]).strip().splitlines()
-    return Retryable(f"training stopped: {text[-1] if text else type(error).__name__}; the same command continues it")
+    return Retryable(f"training stopped: {last_line(seen[-1])}; the same command continues it")
