@@ -91,7 +91,9 @@ class CapacityConfig:
     def check(self) -> None:
         """Numbers that cannot be meant."""
         sizes = {"corpus.hours": self.corpus.hours, "post_train.hours": self.post_train.hours}
-        if not self.run and max(sizes.values()) <= 0:
+        if wrong := [f"{name}={value}" for name, value in sizes.items() if value < 0]:
+            raise UsageError(f"{wrong[0]} must not be negative")
+        if not self.run and not any(sizes.values()):
             raise UsageError("corpus.hours is missing: give corpus.hours=VALUE, post_train.hours=VALUE, or run=RUN")
         positive = {
             "corpus.video_minutes": self.corpus.video_minutes,
@@ -103,8 +105,6 @@ class CapacityConfig:
         }
         if wrong := [f"{name}={value}" for name, value in positive.items() if value <= 0]:
             raise UsageError(f"{wrong[0]} must be positive")
-        if wrong := [f"{name}={value}" for name, value in sizes.items() if value < 0]:
-            raise UsageError(f"{wrong[0]} must not be negative")
         prices = self.prices
         amounts = (prices.gpu_hour, prices.core_hour, prices.million_requests, prices.gb_month)
         if min(amounts) < 0:

@@ -108,8 +108,9 @@ def bars(result: Mapping[str, Any], what: str, chance: float | None) -> bytes:
         ax.axhline(100 * chance, color="#5f6368", linewidth=0.8, linestyle="--", label="guessing")
     ax.set_xticks(range(len(probes)), probes)
     ax.set_ylabel(what)
-    ends = [line["mean"] if line[end] is None else line[end] for line in result["arms"] for end in ("low", "high")]
-    ax.set_ylim(min(0.0, 115 * min(ends)), min(102.0, 115 * max(0.0, *ends) + 1))
+    # Bars set the lower end: Student's interval of two seeds may reach far below any share, and would flatten everything.
+    highs = [line["mean"] if line["high"] is None else line["high"] for line in result["arms"]]
+    ax.set_ylim(min(0.0, 115 * min(line["mean"] for line in result["arms"])), min(102.0, 115 * max(0.0, *highs) + 1))
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _png(figure)
 
