@@ -5,6 +5,8 @@ Verbs are imported when they run, never for --help or for a mistake in the confi
 
 import importlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -26,8 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(reporter, str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail(reporter, "interrupted: the same command continues where a checkpoint was committed", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        return EXIT_OK
+    except BrokenPipeError:  # whoever read our output has gone: what we did was not followed to its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+        return 128 + signal.SIGPIPE
     finally:
         reporter.stop()
 
