@@ -178,8 +178,9 @@ class Packed(NamedTuple):
     """int32 [R, L]: row of the unit's visual tokens, TEXT for text."""
 
 
-def pack(conversations: Sequence[Encoded], starts: Sequence[int], max_length: int) -> Packed:
-    """First-fit, longest first, into rows of at most max_length tokens; `starts` are the first visual tokens of conversations.
+def pack(conversations: Sequence[Encoded], places: Sequence[np.ndarray], max_length: int) -> Packed:
+    """First-fit, longest first, into rows of at most max_length tokens; `places` int [n] of each conversation are the rows of its
+    visual tokens among the unit's.
 
     Raises ValueError for a conversation longer than a row.
     """
@@ -208,7 +209,8 @@ def pack(conversations: Sequence[Encoded], starts: Sequence[int], max_length: in
             packed.target[row, begin : end - 1] = np.where(one.answer[1:], one.ids[1:], IGNORED)
             packed.sample[row, begin:end] = number
             packed.position[row, begin:end] = np.arange(end - begin)
-            packed.visual[row, begin:end] = np.where(one.visual == TEXT, TEXT, one.visual + starts[number])
+            shown = one.visual != TEXT
+            packed.visual[row, begin:end][shown] = places[number][one.visual[shown]]
             begin = end
     return packed
 

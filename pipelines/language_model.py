@@ -296,7 +296,9 @@ def build(
     config: AlignConfig, encoder: EncoderConfig, clip: ClipConfig, trained: VisionTransformer | None, *, train: bool
 ) -> VideoLanguageModel:
     """The module of a run, before its checkpoints."""
+    torch.manual_seed(config.seed)  # of adapters
     lm = causal_model.open_model(config.language_model, config.run.dir, train=train and config.train_parts != "projector")
+    torch.manual_seed(config.seed)  # of the projector, whatever a library drew while it built the language model
     return VideoLanguageModel(lm, config.projector, encoder, grids_of(clip, encoder), trained)
 
 
