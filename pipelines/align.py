@@ -114,9 +114,9 @@ def run(config: AlignConfig, reporter: Reporter) -> dict[str, Any]:
     config = _resolved(config)
     start = run_folder.begin(config.run, config)
     with ray_session.session(config.ray):
-        from pipelines import align_data
+        from pipelines import align_prepare
 
-        counts = run_folder.read_json(config.run.dir, align_data.COUNTS)
+        counts = run_folder.read_json(config.run.dir, align_prepare.COUNTS)
         if counts is None:
             counts = _prepare(config, reporter)
         lost = sum(counts["refused"].values())
@@ -164,7 +164,7 @@ def _resolved(config: AlignConfig) -> AlignConfig:
 
 def _prepare(config: AlignConfig, reporter: Reporter) -> dict[str, Any]:
     """Everything that a run holds before its first step. A start that was killed here does it again, with the same outcome."""
-    from pipelines import align_data
+    from pipelines import align_prepare
 
     encoder, source = _encoder(config)
     run_dir = config.run.dir
@@ -176,12 +176,12 @@ def _prepare(config: AlignConfig, reporter: Reporter) -> dict[str, Any]:
         if trained[ENCODER]:
             encoder.load_state_dict(trained[ENCODER])
     else:
-        texts = [] if config.language_model.source else align_data.texts(config, catalog.parse_ref(config.catalog))
+        texts = [] if config.language_model.source else align_prepare.texts(config, catalog.parse_ref(config.catalog))
         causal_model.prepare(config.language_model, texts, config.seed, run_dir)
     freeze_encoder(encoder, source, run_dir)
     clip = config.clip_of(source.clip)
     arm = features.Arm("trained", encoder.config, dict(encoder.state_dict()))
-    return align_data.prepare(config, clip, arm, _budgets(config, clip, source), reporter)
+    return align_prepare.prepare(config, clip, arm, _budgets(config, clip, source), reporter)
 
 
 def _exported(checkpoint: run_folder.Checkpoint, stem: str) -> dict[str, Tensor]:
@@ -205,7 +205,7 @@ def _budgets(config: AlignConfig, clip: ClipConfig, source: "PretrainConfig") ->
 
 
 def _fit(config: AlignConfig, counts: dict[str, Any], reporter: Reporter) -> None:
-    from pipelines import align_data, train
+    from pipelines import align_data, align_prepare, train
     from pipelines.post_train import frozen_config
     from pipelines.train_worker import Loop
 
@@ -213,7 +213,7 @@ def _fit(config: AlignConfig, counts: dict[str, Any], reporter: Reporter) -> Non
         train.check_slots(config.train)
     source = frozen_config(config.run.dir)
     clip = config.clip_of(source.clip)
-    data = align_data.open_data(config, clip, source.model.encoder, _budgets(config, clip, source))
+    data = align_prepare.open_data(config, clip, source.model.encoder, _budgets(config, clip, source))
 
     def dataset(first_step: int, fillers: int) -> Any:
         return align_data.dataset(data, first_step, config.train.end, fillers)
