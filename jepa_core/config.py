@@ -247,6 +247,28 @@ class AttentiveConfig:
 
 
 @dataclass(frozen=True)
+class ProjectorConfig:
+    """What turns tokens of an encoder into tokens of a language model (V-JEPA 2, section on video question answering)."""
+
+    kind: Literal["mlp", "attentive"] = "mlp"
+    """mlp: every token, or the mean of a box of them, through two layers. attentive: learned queries gather a fixed number."""
+    pool: tuple[int, int, int] = (1, 1, 1)
+    """mlp: tokens along time, height and width that are averaged first; a still image has no more time than one."""
+    hidden: int = 0
+    """mlp: width between the two layers; 0 takes the language model's."""
+    budget: int = 64
+    """attentive: visual tokens of a clip or an image."""
+    depth: int = 1
+    """attentive: blocks in all; the last one is the cross-attention."""
+    heads: int = 16
+
+    def check(self) -> None:
+        """Raises ValueError for numbers that make no projector."""
+        if min(self.pool) < 1 or min(self.budget, self.depth, self.heads) < 1 or self.hidden < 0:
+            raise ValueError("projector.pool, budget, depth and heads must be at least 1, projector.hidden not negative")
+
+
+@dataclass(frozen=True)
 class HeadGrid:
     """Heads of a frozen probe trained at once: one for each pair of learning rate and weight decay.
 

@@ -11,8 +11,8 @@ from jepa_core.config import OptimConfig
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Name in a configuration -> what forward passes compute in."""
-BLOCK_LISTS = ("blocks", "predictor_blocks")
-"""Attributes under which encoders and predictors keep their transformer blocks."""
+BLOCK_LISTS = ("blocks", "predictor_blocks", "layers")
+"""Attributes under which encoders, predictors and language models keep their transformer blocks."""
 
 
 def make_optimizer(modules: Iterable[nn.Module], config: OptimConfig) -> torch.optim.AdamW:

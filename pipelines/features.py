@@ -178,6 +178,22 @@ def read(cache: Cache, names: Sequence[str] | None = None, items: Collection[int
     return Features(np.array(came, np.int64), x, failures)
 
 
+def places(cache: Cache, name: str) -> tuple[dict[int, tuple[str, int]], list[dict[str, Any]]]:
+    """({item: (file, first byte of its row)} of those that came out, a row for each of the others): for reading single rows."""
+    found, failures = {}, []
+    for number in range(cache.blocks):
+        told = json.loads(storage.read_bytes(_file(cache.folders[name], number, DONE)))
+        failures += told["failures"]
+        if not told["kept"]:
+            continue
+        uri = _file(cache.folders[name], number, DATA)
+        length = int.from_bytes(storage.read_range(uri, 0, 8), "little")
+        begin, end = json.loads(storage.read_range(uri, 8, 8 + length))["x"]["data_offsets"]
+        size = (end - begin) // len(told["kept"])
+        found |= {item: (uri, 8 + length + begin + size * row) for row, item in enumerate(told["kept"])}
+    return found, failures
+
+
 def encode(arm: Arm, frames: np.ndarray, keep: Keep, device: str = "cpu") -> Tensor:
     """Features of clips uint8 [B, T, S, S, 3]: float32 [B, D], or float16 [B, N, D] for keep="tokens"."""
     encoder = arm.encoder

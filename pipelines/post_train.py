@@ -127,7 +127,7 @@ class PostTrainTask:
     """The stage as the training loop sees it (pipelines.train_worker.Task)."""
 
     exports = (PREDICTOR,)
-    leaves_unused = False
+    leaves_unused, saves_frozen = False, True
 
     def __init__(self, config: PostTrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -189,7 +189,7 @@ def run(config: PostTrainConfig, reporter: Reporter) -> dict[str, Any]:
         storage.delete([storage.join(run_dir, run_folder.RESULT)])  # of fewer steps
     with ray_session.session(config.ray):
         if start == 0:
-            _freeze_encoder(*pretrain.load_encoder(config.encoder), config.run.dir)
+            freeze_encoder(*pretrain.load_encoder(config.encoder), config.run.dir)
         if start < config.train.end:
             _fit(config, source, reporter)
         if run_folder.read_json(config.run.dir, run_folder.RESULT) is None:
@@ -274,7 +274,7 @@ def load_world_model(uri: str) -> WorldModel:
     return WorldModel(encoder, predictor, size, config.fps, config.normalize_reps, config.crop, config.camera_frame)
 
 
-def _freeze_encoder(encoder: VisionTransformer, source: PretrainConfig, run_dir: str) -> None:
+def freeze_encoder(encoder: VisionTransformer, source: PretrainConfig, run_dir: str) -> None:
     """Copy the encoder into the run once: the run stands alone, and no checkpoint repeats it."""
     model_folder.save_tensors(storage.join(run_dir, ENCODER_FILE), encoder.state_dict())
     run_folder.write_json(run_dir, ENCODER_CONFIG, run_folder.as_tree(source))

@@ -35,6 +35,7 @@ class PretrainTask:
     """The stage as the training loop sees it (pipelines.train_worker.Task)."""
 
     exports = (ENCODER, TARGET_ENCODER, PREDICTOR)
+    saves_frozen = True
 
     def __init__(self, config: PretrainConfig, groups: tuple[int, ...], device: torch.device) -> None:
         """`groups`: the clip lengths of the run, in frames."""
@@ -105,11 +106,11 @@ def pinned(config: PretrainConfig) -> PretrainConfig:
     if run_folder.latest_checkpoint(run_dir) is not None:
         known = config_of(run_dir)
         before, probed = {name: source.catalog for name, source in known.sources.items()}, known.probe.catalog
-    versions = {name: _pin(source.catalog, before.get(name)) for name, source in config.sources.items()}
+    versions = {name: pinned_catalog(source.catalog, before.get(name)) for name, source in config.sources.items()}
     init = storage.normalize(config.init) if config.init else None
     probe = config.probe
     if probe.every and probe.catalog:
-        probe = replace(probe, catalog=_pin(probe.catalog, probed))
+        probe = replace(probe, catalog=pinned_catalog(probe.catalog, probed))
     return replace(
         config.with_catalogs(versions),
         init=init,
@@ -119,7 +120,7 @@ def pinned(config: PretrainConfig) -> PretrainConfig:
     )
 
 
-def _pin(text: str, before: str | None) -> str:
+def pinned_catalog(text: str, before: str | None) -> str:
     """A catalog with its version: the one of before, where none is asked for and it is the same catalog."""
     ref = catalog.parse_ref(text)
     if ref.version is None and before is not None and catalog.parse_ref(before).uri == ref.uri:

@@ -1,4 +1,4 @@
-"""Why an item is quarantined: a small, documented set of codes."""
+"""Why an item is quarantined, and why a conversation is refused: small, documented sets of codes."""
 
 REASONS = {
     "empty": "the item has no bytes",
@@ -17,3 +17,21 @@ REASONS = {
     "changed": "the object changed while it was read",
 }
 """Every reason code that ingestion may write, with its meaning. Documented in docs/ingest.md."""
+
+BAD_JSON, BAD_TURNS, NO_ANSWER, TEMPLATE = "bad_json", "bad_turns", "no_answer", "template"
+UNKNOWN_PLACEHOLDER, PLACEHOLDER_MISMATCH = "unknown_placeholder", "placeholder_mismatch"
+MISSING_MEDIA, UNREADABLE_MEDIA = "missing_media", "unreadable_media"
+TOO_MANY_VISUAL_TOKENS, TOO_LONG = "too_many_visual_tokens", "too_long"
+CONVERSATION_REASONS = {
+    BAD_JSON: "the line is no JSON object",
+    BAD_TURNS: "no list of turns, a role that nobody has, or text that is none",
+    NO_ANSWER: "no turn is an answer, or the answers are empty",
+    TEMPLATE: "the model's chat template does not take the turns",
+    UNKNOWN_PLACEHOLDER: "a mark of a medium that is neither <image> nor <video>",
+    PLACEHOLDER_MISMATCH: "other marks than media, in number or order, or marks within an answer",
+    MISSING_MEDIA: "an image or video that the catalog does not hold",
+    UNREADABLE_MEDIA: "an image or video of which the frames do not decode",
+    TOO_MANY_VISUAL_TOKENS: "the visual tokens alone are more than language_model.max_length",
+    TOO_LONG: "visual tokens and words are more than language_model.max_length",
+}
+"""Every reason code of a refused conversation, with its meaning. Documented in docs/align.md."""

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a 
 
 STATE = "state"
 """Folder of the DCP files within a checkpoint."""
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass
@@ -59,12 +58,14 @@ class Progress:
 class TrainState:
     """Weights, optimizer moments and progress of one worker."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, *, frozen: bool = True) -> None:
+        """`frozen`: parameters that require no gradient belong to it."""
         self.module, self.optimizer, self.progress = module, optimizer, Progress()
+        self.options = StateDictOptions(ignore_frozen_params=not frozen)
 
     def tensors(self) -> dict[str, Any]:
         """What DCP saves: this worker's shards by name."""
-        module, optimizer = get_state_dict(self.module, self.optimizer)
+        module, optimizer = get_state_dict(self.module, self.optimizer, options=self.options)
         return {"module": module, "optimizer": optimizer}
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -78,7 +79,10 @@ class TrainState:
         tensors = self.tensors()
         with _LocalCopy(checkpoint.uri, names) as folder:
             checkpoint_reader.load(tensors, folder / STATE, alone=not dist.is_initialized())
-        set_state_dict(self.module, self.optimizer, model_state_dict=tensors["module"], optim_state_dict=tensors["optimizer"])
+        # What is left out stays as it is; everything that was asked for has been found, or the reader would have raised.
+        options = replace(self.options, strict=not self.options.ignore_frozen_params)
+        states = {"model_state_dict": tensors["module"], "optim_state_dict": tensors["optimizer"]}
+        set_state_dict(self.module, self.optimizer, **states, options=options)
         self.progress = Progress(**record["progress"])
 
 
@@ -155,7 +159,7 @@ class Saver:
         stager = DefaultStager(StagingOptions(False, False, False, False))
         tensors = stager.stage(state.tensors())
         stager.close()
-        weights = _whole_weights(state.module, exports) if self.rank == 0 or _is_sharded(state.module) else {}
+        weights = _whole_weights(state, exports) if self.rank == 0 or _is_sharded(state.module) else {}
         progress = asdict(state.progress)
         self.blocked_s = time.monotonic() - began
         self._writing = self._writer.submit(self._save, tensors, weights, progress, before_commit, began)
@@ -224,10 +228,11 @@ class Saver:
         return told
 
 
-def _whole_weights(module: nn.Module, exports: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+def _whole_weights(state: TrainState, exports: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Copies of the children that others load, whole and by their own names. Where they are sharded, all workers take part."""
-    state = get_model_state_dict(module, options=WHOLE)
-    parts = {stem: {k.removeprefix(f"{stem}."): v for k, v in state.items() if k.startswith(f"{stem}.")} for stem in exports}
+    whole = replace(state.options, full_state_dict=True, cpu_offload=True)
+    found = get_model_state_dict(state.module, options=whole)
+    parts = {stem: {k.removeprefix(f"{stem}."): v for k, v in found.items() if k.startswith(f"{stem}.")} for stem in exports}
     return {stem: {key: value.clone().contiguous() for key, value in part.items()} for stem, part in parts.items()}
 
 

@@ -65,6 +65,9 @@ class Task(Protocol):
     leaves_unused: bool
     """Whether a step may leave parameters without a gradient, which DDP has to be told."""
 
+    saves_frozen: bool
+    """Whether checkpoints hold parameters that require no gradient; false where the task brings them itself at every start."""
+
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
         """Called before the first step of a run that has no checkpoint, e.g. to start from the weights of another run."""
         ...
@@ -142,7 +145,7 @@ class _Worker:
         self.probe = self._probe(module)
         if self.world > 1 and loop.train.parallel == "fsdp":
             shard(module, init_device_mesh(device.type, (self.world,)))
-        self.state = TrainState(module, make_optimizer([module], loop.optim))
+        self.state = TrainState(module, make_optimizer([module], loop.optim), frozen=self.task.saves_frozen)
         self.saver = Saver(loop.run_dir, loop.train.keep_checkpoints, loop.facts, control.attempt, control.save_group)
         self._restore(checkpoint)
         if loop.train.compile:

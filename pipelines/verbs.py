@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from pipelines import align_config as align_schema
 from pipelines import bench_config as bench_schema
 from pipelines import bench_planning_config as planning_schema
 from pipelines import capacity_config as capacity_schema
@@ -82,6 +83,13 @@ VERBS = {
         "pipelines.post_train",
         "action-conditioned predictor on a frozen encoder",
         ("trajectories", "encoder"),
+        ("run.dir",),
+    ),
+    "align": Verb(
+        align_schema.AlignConfig,
+        "pipelines.align",
+        "a language model that answers from what an encoder sees",
+        ("encoder", "catalog"),
         ("run.dir",),
     ),
     "plan": Verb(schema.PlanConfig, "pipelines.plan", "plan to goal images in the simulator", ("model",), ("run.dir",)),

@@ -190,7 +190,7 @@ def world_run(folder: Path, root: str, encoder: str, index, *words: str) -> tupl
     config = options_of(folder, root, encoder, *words)
     run_folder.begin(config.run, config)
     module, source = post_train.pretrain.load_encoder(encoder)
-    post_train._freeze_encoder(module, source, str(folder))
+    post_train.freeze_encoder(module, source, str(folder))
     index = post_train_data.with_cameras(index) if config.needs_cameras else index
     trajectories.save_index(index, str(folder))
     episodes, _ = post_train.split_episodes(index, config.holdout)
