@@ -140,14 +140,14 @@ def _resolved(config: AlignConfig) -> AlignConfig:
     run_dir = storage.normalize(config.run.dir)
     before = None
     if run_folder.latest_checkpoint(run_dir) is not None:
-        before = run_folder.config_of(run_dir, AlignConfig, "alignment").catalog
+        before = run_folder.config_of(run_dir, AlignConfig, "video-language").catalog
     prefix = RANDOM if config.encoder.startswith(RANDOM) else ""
     language = config.language_model
     if os.path.isdir(language.source):
         language = replace(language, source=storage.normalize(language.source))
     init = storage.normalize(config.init) if config.init else None
     if init and not language.source:
-        known = run_folder.config_of(init, AlignConfig, "alignment").language_model
+        known = run_folder.config_of(init, AlignConfig, "video-language").language_model
         language = replace(language, source=known.source, built_in=known.built_in)
     return replace(
         config,

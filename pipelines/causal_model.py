@@ -130,7 +130,7 @@ def open_model(config: LanguageModelConfig, run_dir: str, *, train: bool) -> nn.
     if adapters:
         _take(model, adapters, run_dir, whole=False)
     if config.gradient_checkpointing and train:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 

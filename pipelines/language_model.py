@@ -278,7 +278,7 @@ def load_video_language_model(uri: str, device: str = "cpu") -> Answerer:
     causal_model.check_installed()
     at = run_folder.checkpoint_at(uri)
     run_dir, checkpoint = at or (storage.normalize(uri), None)
-    config = run_folder.config_of(run_dir, AlignConfig, "alignment")
+    config = run_folder.config_of(run_dir, AlignConfig, "video-language")
     checkpoint = checkpoint or run_folder.require_checkpoint(run_dir)
     encoder, source = load_frozen_encoder(run_dir)
     clip = config.clip_of(source.clip)

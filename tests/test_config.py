@@ -22,6 +22,7 @@ REQUIRED = {
     "sweep report": ["run=a"],
     "record": ["out=a"],
     "post-train": ["trajectories=a", "encoder=b", "run.dir=c", "train.steps=1"],
+    "align": ["encoder=a", "catalog=b", "conversations.c.uri=d", "run.dir=e", "train.steps=1"],
     "plan": ["model=a", "run.dir=b"],
     "serve-planner": ["model=a"],
     "report": ["run=a"],
