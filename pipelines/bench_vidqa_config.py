@@ -37,3 +37,36 @@ class QuestionsConfig:
             raise UsageError(f"questions.kinds={list(self.kinds)} must be some of {', '.join(KINDS)}, each once")
         if self.seed < 0:
             raise UsageError(f"questions.seed={self.seed} must not be negative")
+
+
+@dataclass(frozen=True)
+class VidQABenchConfig:
+    """jepa bench vidqa: does the language model see? Questions about moving digits, beside words alone and shuffled frames."""
+
+    encoder: str = PRETRAIN
+    """pretrain: trained on the questions' own clips, for each seed; or the URI of a pretraining run or model folder, for all."""
+    seeds: int = 3
+    """Initial weights and order of the samples; the clips are the same."""
+    pretrain: list[str] = field(default_factory=lambda: ["preset=moving_digits_tiny", "probe.every=0"])
+    align: list[str] = field(default_factory=lambda: ["preset=moving_digits_tiny"])
+    """Settings of the two trainings."""
+    methods: list[str] = field(default_factory=lambda: ["likelihood", "letter"])
+    control: bool = True
+    """Also train everything on an encoder with random weights."""
+    categories: list[str] = field(default_factory=lambda: ["direction", "which"])
+    """Questions that must be answered `least` above both controls."""
+    least: float = 20.0
+    """Points, of the mean over seeds."""
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+    require: bool = True
+    """End with exit code 4 where a condition is missed; the table says which in any case."""
+    run: RunConfig = field(default_factory=RunConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def check(self) -> None:
+        """Options that cannot be meant."""
+        if self.seeds < 1:
+            raise UsageError("seeds must be at least 1")
+        unknown = [name for name in self.categories if name not in self.questions.kinds]
+        if unknown:
+            raise UsageError(f"categories: {unknown[0]} is none of questions.kinds={list(self.questions.kinds)}")

@@ -8,10 +8,10 @@
 Answers come in turn and all else is drawn, so a model that sees nothing is right by chance. Train, validation and test show other
 handwritten digits, as moving_digits.py has it.
 
-    OUT/train/*.tar, OUT/test/*.tar   clips as H.264
-    OUT/train.jsonl                   conversations (LLaVA's form) for `jepa align`: each question plainly or with lettered options
-    OUT/test.jsonl                    questions for `jepa evaluate vidqa format=table`
-    OUT/digit_questions.json          what was asked for; written last
+    OUT/PART/*.tar              train, validation and test: clips as H.264
+    OUT/train.jsonl             conversations (LLaVA's form) for `jepa align`: each question plainly and with lettered options
+    OUT/test.jsonl              questions for `jepa evaluate vidqa format=table`
+    OUT/digit_questions.json    what was asked for; written last
 
 Legend: T frames, S side of a frame in pixels.
 """

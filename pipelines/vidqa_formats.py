@@ -1,6 +1,6 @@
-"""Questions about videos in the forms in which benchmarks publish them: a file or folder in, one table out, bad rows with reasons.
+"""Questions about videos in the forms in which benchmarks publish them: files in, one list out, bad rows with reasons.
 
-perception_test  mc_question_*.json or all_*.json: {video: {mc_question: [{id, question, options, answer_id, area, reasoning, tag}]}};
+perception_test  mc_question_*.json, all_*.json: {video: {mc_question: [{id, question, options, answer_id, area, reasoning}]}};
                  or rows of video_name, question_id, question, options, answer_id, area (JSON lines, Parquet)
 mvbench, tvbench folder of one JSON list a task: [{video, question, candidates, answer, start, end}]; the task is the category
 tempcompass      multi-choice.json, yes_no.json, caption_matching.json (or the folder that holds them):
