@@ -1,0 +1,72 @@
+"""Options of `jepa bench vidqa` and of the questions that it generates. See config.py for the other verbs.
+
+This module imports neither torch nor ray, so that `jepa --help` and any mistake in a configuration answer at once.
+"""
+
+from dataclasses import dataclass, field
+
+from pipelines.bench_config import LevelName
+from pipelines.config import RayConfig, RunConfig
+from pipelines.errors import UsageError
+
+KINDS = ("direction", "which", "speed", "digit")
+PRETRAIN = "pretrain"
+"""Value of `encoder` that is no URI."""
+
+
+@dataclass(frozen=True)
+class QuestionsConfig:
+    """Questions about moving digits to generate: clips of each part, one question each."""
+
+    seed: int = 0
+    level: LevelName = "tiny"
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    """Which questions, in turn."""
+    train: int = 8000
+    validation: int = 400
+    """To find settings on; nothing that is reported looks at them."""
+    test: int = 1600
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        for name in ("train", "validation", "test"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"questions.{name}={getattr(self, name)} must be at least 1 clip")
+        unknown = [kind for kind in self.kinds if kind not in KINDS]
+        if unknown or not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            raise UsageError(f"questions.kinds={list(self.kinds)} must be some of {', '.join(KINDS)}, each once")
+        if self.seed < 0:
+            raise UsageError(f"questions.seed={self.seed} must not be negative")
+
+
+@dataclass(frozen=True)
+class VidQABenchConfig:
+    """jepa bench vidqa: does the language model see? Questions about moving digits, beside words alone and shuffled frames."""
+
+    encoder: str = PRETRAIN
+    """pretrain: trained on the questions' own clips, for each seed; or the URI of a pretraining run or model folder, for all."""
+    seeds: int = 3
+    """Initial weights and order of the samples; the clips are the same."""
+    pretrain: list[str] = field(default_factory=lambda: ["preset=moving_digits_tiny", "probe.every=0"])
+    align: list[str] = field(default_factory=lambda: ["preset=moving_digits_tiny"])
+    """Settings of the two trainings."""
+    methods: list[str] = field(default_factory=lambda: ["likelihood", "letter"])
+    control: bool = True
+    """Also train everything on an encoder with random weights."""
+    categories: list[str] = field(default_factory=lambda: ["direction", "which"])
+    """Questions that must be answered `least` above both controls."""
+    least: float = 20.0
+    """Points, of the mean over seeds."""
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+    require: bool = True
+    """End with exit code 4 where a condition is missed; the table says which in any case."""
+    run: RunConfig = field(default_factory=RunConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def check(self) -> None:
+        """Options that cannot be meant."""
+        if self.seeds < 1:
+            raise UsageError("seeds must be at least 1")
+        unknown = [name for name in self.categories if name not in self.questions.kinds]
+        if unknown:
+            raise UsageError(f"categories: {unknown[0]} is none of questions.kinds={list(self.questions.kinds)}")
