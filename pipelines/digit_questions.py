@@ -25,7 +25,7 @@ import numpy as np
 
 from pipelines import moving_digits, storage, vidqa_scoring
 from pipelines.bench_config import LevelName, Split
-from pipelines.bench_vidqa_config import KINDS, QuestionsConfig
+from pipelines.bench_vidqa_config import QuestionsConfig
 from pipelines.errors import UsageError
 from pipelines.moving_digits import CLIPS_PER_TAR, DIRECTIONS, INSTANCES, LEVELS, NUM_FRAMES
 
@@ -52,13 +52,15 @@ class Asked(NamedTuple):
     """Handwritten digits that are shown."""
 
 
-def make(level: LevelName, seed: int, split: Split, index: int, kinds: tuple[str, ...] = KINDS) -> Asked:
+def make(config: QuestionsConfig, split: Split, index: int) -> Asked:
     """Clip `index` of a part and its question: the same arguments give the same pixels and words."""
+    level, seed = config.level, config.seed
+    kinds = tuple(config.train_kinds if split == "train" else config.kinds)
     rng = np.random.default_rng([seed, 1 + list(INSTANCES).index(split), index, len(INSTANCES)])  # other draws than make_clip's
     turn, kind = index // len(kinds), kinds[index % len(kinds)]
     maker = {"direction": _direction, "digit": _digit, "which": _which, "speed": _speed}[kind]
     drawn, question, options, answer, instances = maker(rng, level, split, turn)
-    return Asked(moving_digits.shown(rng, level, split, drawn), kind, question, options, answer, instances)
+    return Asked(moving_digits.shown(rng, level, split, drawn, config.noise), kind, question, options, answer, instances)
 
 
 def _direction(rng: np.random.Generator, level: LevelName, split: Split, turn: int) -> tuple[Any, ...]:
@@ -130,9 +132,7 @@ def write(config: QuestionsConfig, out: str, on_tar: Callable[[int], None] = lam
         lines = []
         for start in range(0, getattr(config, split), CLIPS_PER_TAR):
             indices = range(start, min(start + CLIPS_PER_TAR, getattr(config, split)))
-            clips = {
-                f"{split}-{index:06}.mp4": make(config.level, config.seed, split, index, tuple(config.kinds)) for index in indices
-            }
+            clips = {f"{split}-{index:06}.mp4": make(config, split, index) for index in indices}
             tar = moving_digits.tar_of({name: clip.frames for name, clip in clips.items()})
             storage.write_bytes(storage.join(out, split, f"{split}-{start // CLIPS_PER_TAR:03}.tar"), tar)
             for index, (name, clip) in zip(indices, clips.items(), strict=True):

@@ -47,10 +47,9 @@ def moved(frames: np.ndarray) -> np.ndarray:
     return np.array([[-np.angle(c[1, 0]), -np.angle(c[0, 1])] for c in cross]) * frames.shape[1] / (2 * np.pi)
 
 
-def test_answers_are_what_the_pixels_show(monkeypatch):
-    monkeypatch.setattr(moving_digits, "NOISE", 2.0)
+def test_answers_are_what_the_pixels_show():
     for index in range(4 * DIRECTIONS):
-        clip = digit_questions.make("tiny", 0, "train", index)
+        clip = digit_questions.make(QuestionsConfig(noise=2.0), "train", index)
         y, x = moved(clip.frames).mean(axis=0)
         if clip.kind == "direction":
             turned = np.degrees(np.arctan2(-y, x)) - 45 * clip.answer
@@ -72,7 +71,7 @@ def test_of_two_digits_the_asked_one_moves_as_asked(monkeypatch):
     monkeypatch.setattr(moving_digits, "ink", lambda level, one, track: drawn.append((one, track)) or real(level, one, track))
     for index in range(2 * DIRECTIONS):
         drawn.clear()
-        clip = digit_questions.make("tiny", 0, "test", index, ("which",))
+        clip = digit_questions.make(QuestionsConfig(kinds=["which"], train_kinds=["which"]), "test", index)
         ways = {}
         for instance, track in drawn:
             y, x = track[-1] - track[0]
@@ -85,7 +84,7 @@ def test_of_two_digits_the_asked_one_moves_as_asked(monkeypatch):
 def test_words_alone_are_right_by_chance_and_parts_share_no_digit():
     seen = {}
     for split in ("train", "validation", "test"):
-        clips = [digit_questions.make("tiny", 1, split, index) for index in range(320)]
+        clips = [digit_questions.make(QuestionsConfig(seed=1), split, index) for index in range(320)]
         seen[split] = {one for clip in clips for one in clip.instances}
         first, end = INSTANCES[split]
         assert all(first <= one < end for one in seen[split])
@@ -100,8 +99,8 @@ def test_words_alone_are_right_by_chance_and_parts_share_no_digit():
     assert not seen["train"] & seen["test"]
     assert not seen["train"] & seen["validation"]
     assert not seen["validation"] & seen["test"]
-    again = digit_questions.make("tiny", 1, "train", 5)
-    assert np.array_equal(again.frames, digit_questions.make("tiny", 1, "train", 5).frames)
+    again = digit_questions.make(QuestionsConfig(seed=1), "train", 5)
+    assert np.array_equal(again.frames, digit_questions.make(QuestionsConfig(seed=1), "train", 5).frames)
 
 
 def test_files_are_conversations_and_questions(tmp_path):
@@ -370,7 +369,7 @@ def test_the_benchmark_runs_and_continues(bench):
 
 
 def test_ask_answers_with_the_frames_that_it_saw(bench, tmp_path, capsys):
-    member = digit_questions.make("tiny", 0, "test", 0)
+    member = digit_questions.make(QuestionsConfig(), "test", 0)
     video = tmp_path / "clip.mp4"
     video.write_bytes(digit_questions.moving_digits.encode_video(member.frames, 8.0, crf=10))
     run = bench / "align" / "pretrained-s0"
