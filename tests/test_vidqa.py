@@ -286,6 +286,20 @@ def test_every_question_is_put_in_all_ways():
     assert all(row["unread"] for row in rows if row["way"] == "blind" and row["id"] != "open")
 
 
+def test_a_question_that_is_too_long_costs_no_other():
+    class Short(Reading):
+        def score(self, prompts, choices):
+            if any("long" in prompt.turns[0][1] for prompt in prompts):
+                raise InputRefused("a question of 900 tokens")
+            return super().score(prompts, choices)
+
+    questions = [Question(name, "v", f"A {name} one?", ("x", "y"), "x", "c") for name in ("short", "long", "other")]
+    config = load(VideoQuestionsConfig, "evaluate vidqa", ["model=a", "catalog=b", "questions=c", "run.dir=d"])
+    rows, refused = evaluate_vidqa._answered(Short(), questions, {"video": torch.zeros(3, 1, 1), "blind": None}, config)
+    assert [row["id"] for row in rows] == ["short", "short", "other", "other"]
+    assert [(row["video"], row["reason"]) for row in refused] == [("long", "too_long")]
+
+
 def test_the_table_has_margins_and_intervals_by_category():
     questions, rows = made_answers()
     table = evaluate_vidqa_table.table_of(rows)
@@ -366,6 +380,27 @@ def test_the_benchmark_runs_and_continues(bench):
     words = ["preset=tiny", "smoke=true", f"run.dir={bench}", "control=false", "require=false"]
     assert main(["bench", "vidqa", *words]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in bench.rglob("*.safetensors")}, "nothing is trained again"
+
+
+def test_a_killed_evaluation_goes_on_with_what_is_missing(bench):
+    folder = bench / "answers" / "pretrained"
+    result, rows = folder / "result.json", sorted((folder / "results").iterdir())
+    before = json.loads(result.read_text())
+    written = [path.stat().st_mtime_ns for path in rows]
+    assert len(rows) == 1
+    result.unlink()
+    questions, run = bench / "questions" / "test.jsonl", bench / "align" / "pretrained-s0"
+    catalog = json.loads((bench / "stages" / "ingest-test.json").read_text())["catalog"]
+    words = [f"model=[{run}]", f"catalog={catalog}", f"questions={questions}", "methods=[likelihood,letter]", f"run.dir={folder}"]
+    assert main(["evaluate", "vidqa", *words]) == 0
+    assert [path.stat().st_mtime_ns for path in rows] == written, "no question is asked again"
+    assert json.loads(result.read_text()) == before
+    assert main(["evaluate", "vidqa", *words, "chunk=3"]) == 2, "not with other options"
+    assert main(["report", str(folder), f"out={folder}/report.html"]) == 0
+    page = (folder / "report.html").read_text()
+    assert "over shuffled" in page
+    assert "by category" in page
+    assert main(["evaluate", "vidqa", *words[:-1], f"run.dir={bench}/other", "categories=[motion]"]) == 2
 
 
 def test_ask_answers_with_the_frames_that_it_saw(bench, tmp_path, capsys):
