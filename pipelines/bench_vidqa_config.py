@@ -59,6 +59,8 @@ class VidQABenchConfig:
     align: list[str] = field(default_factory=lambda: ["preset=moving_digits_tiny"])
     """Settings of the two trainings."""
     methods: list[str] = field(default_factory=lambda: ["likelihood", "letter"])
+    lettered: float = 0.25
+    """Share of the training samples that ask with lettered options."""
     control: bool = True
     """Also train everything on an encoder with random weights."""
     categories: list[str] = field(default_factory=lambda: ["direction", "which"])
@@ -73,8 +75,8 @@ class VidQABenchConfig:
 
     def check(self) -> None:
         """Options that cannot be meant."""
-        if self.seeds < 1:
-            raise UsageError("seeds must be at least 1")
+        if self.seeds < 1 or not 0 <= self.lettered < 1:
+            raise UsageError("seeds must be at least 1, lettered a share below 1")
         unknown = [name for name in self.categories if name not in self.questions.kinds]
         if unknown:
             raise UsageError(f"categories: {unknown[0]} is none of questions.kinds={list(self.questions.kinds)}")

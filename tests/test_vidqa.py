@@ -106,9 +106,9 @@ def test_words_alone_are_right_by_chance_and_parts_share_no_digit():
 def test_files_are_conversations_and_questions(tmp_path):
     config = QuestionsConfig(train=8, validation=2, test=4)
     digit_questions.write(config, str(tmp_path))
-    lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    assert len(lines) == 16
-    plain, letter = lines[0]["conversations"], lines[1]["conversations"]
+    lists = [(tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("plain", "lettered")]
+    assert [len(lines) for lines in lists] == [8, 8]
+    plain, letter = (json.loads(lines[0])["conversations"] for lines in lists)
     assert plain[0]["value"].startswith("<video>\nWhich way does the ")
     chosen = [line for line in letter[0]["value"].splitlines() if line.startswith(f"{letter[1]['value']}. ")]
     assert chosen == [f"{letter[1]['value']}. {plain[1]['value']}"], "the letter is that of the plain answer"
