@@ -82,8 +82,11 @@ def _trained(config: VidQABenchConfig, run_dir: str, arm: str, seed: int, catalo
         words = [*config.pretrain, f"catalog={catalogs['train']}", f"seed={seed}", "train.num_workers=0", f"run.dir={encoder}"]
         stage(run_dir, f"pretrain-s{seed}", lambda: run_verb("pretrain", words, reporter))
     chosen = f"{RANDOM}{encoder}" if arm == UNTRAINED else encoder
-    list_uri = storage.join(run_dir, QUESTIONS, "train.jsonl")
-    given = [*config.align, f"encoder={chosen}", f"catalog={catalogs['train']}", f"conversations.digits.uri={list_uri}"]
+    given = [*config.align, f"encoder={chosen}", f"catalog={catalogs['train']}"]
+    for name, weight in zip(digit_questions.TRAINED, (1 - config.lettered, config.lettered), strict=True):
+        if weight:
+            uri = storage.join(run_dir, QUESTIONS, f"{name}.jsonl")
+            given += [f"conversations.{name}.uri={uri}", f"conversations.{name}.weight={weight}"]
     given += [f"seed={seed}", "train.num_workers=0", f"run.dir={_align_dir(run_dir, arm, seed)}"]
     return stage(run_dir, f"align-{arm}-s{seed}", lambda: run_verb("align", given, reporter))["seconds"]
 

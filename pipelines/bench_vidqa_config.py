@@ -22,6 +22,10 @@ class QuestionsConfig:
     level: LevelName = "tiny"
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
     """Which questions, in turn."""
+    train_kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    """The same of the training part, where some may come more often."""
+    noise: float = 10.0
+    """Deviation in grey levels. At moving_digits' own 40, a training of minutes does not read digits: see docs/vidqa.md."""
     train: int = 8000
     validation: int = 400
     """To find settings on; nothing that is reported looks at them."""
@@ -35,8 +39,12 @@ class QuestionsConfig:
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds or len(set(self.kinds)) < len(self.kinds):
             raise UsageError(f"questions.kinds={list(self.kinds)} must be some of {', '.join(KINDS)}, each once")
-        if self.seed < 0:
-            raise UsageError(f"questions.seed={self.seed} must not be negative")
+        if set(self.train_kinds) != set(self.kinds):
+            raise UsageError(
+                f"questions.train_kinds={list(self.train_kinds)} must be the same questions as kinds, in any numbers"
+            )
+        if self.seed < 0 or self.noise < 0:
+            raise UsageError(f"questions.seed={self.seed} and noise={self.noise:g} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,8 @@ class VidQABenchConfig:
     align: list[str] = field(default_factory=lambda: ["preset=moving_digits_tiny"])
     """Settings of the two trainings."""
     methods: list[str] = field(default_factory=lambda: ["likelihood", "letter"])
+    lettered: float = 0.25
+    """Share of the training samples that ask with lettered options."""
     control: bool = True
     """Also train everything on an encoder with random weights."""
     categories: list[str] = field(default_factory=lambda: ["direction", "which"])
@@ -65,8 +75,8 @@ class VidQABenchConfig:
 
     def check(self) -> None:
         """Options that cannot be meant."""
-        if self.seeds < 1:
-            raise UsageError("seeds must be at least 1")
+        if self.seeds < 1 or not 0 <= self.lettered < 1:
+            raise UsageError("seeds must be at least 1, lettered a share below 1")
         unknown = [name for name in self.categories if name not in self.questions.kinds]
         if unknown:
             raise UsageError(f"categories: {unknown[0]} is none of questions.kinds={list(self.questions.kinds)}")

@@ -8,16 +8,16 @@
 Answers come in turn and all else is drawn, so a model that sees nothing is right by chance. Train, validation and test show other
 handwritten digits, as moving_digits.py has it.
 
-    OUT/PART/*.tar              train, validation and test: clips as H.264
-    OUT/train.jsonl             conversations (LLaVA's form) for `jepa align`: each question plainly and with lettered options
-    OUT/test.jsonl              questions for `jepa evaluate vidqa format=table`
-    OUT/digit_questions.json    what was asked for; written last
+    OUT/PART/*.tar               train, validation and test: clips as H.264
+    OUT/{plain,lettered}.jsonl   conversations (LLaVA's form) for `jepa align`, of the training part
+    OUT/{validation,test}.jsonl  questions for `jepa evaluate vidqa format=table`
+    OUT/digit_questions.json     what was asked for; written last
 
 Legend: T frames, S side of a frame in pixels.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ import numpy as np
 
 from pipelines import moving_digits, storage, vidqa_scoring
 from pipelines.bench_config import LevelName, Split
-from pipelines.bench_vidqa_config import KINDS, QuestionsConfig
+from pipelines.bench_vidqa_config import QuestionsConfig
 from pipelines.errors import UsageError
 from pipelines.moving_digits import CLIPS_PER_TAR, DIRECTIONS, INSTANCES, LEVELS, NUM_FRAMES
 
@@ -36,6 +36,8 @@ APART = 2
 """Least difference between the directions of two digits, in eighths of a turn."""
 PARTS: tuple[Split, ...] = ("train", "validation", "test")
 MARKER = "digit_questions.json"
+TRAINED = ("plain", "lettered")
+"""Lists of conversations of the training part."""
 
 
 class Asked(NamedTuple):
@@ -52,13 +54,15 @@ class Asked(NamedTuple):
     """Handwritten digits that are shown."""
 
 
-def make(level: LevelName, seed: int, split: Split, index: int, kinds: tuple[str, ...] = KINDS) -> Asked:
+def make(config: QuestionsConfig, split: Split, index: int) -> Asked:
     """Clip `index` of a part and its question: the same arguments give the same pixels and words."""
+    level, seed = config.level, config.seed
+    kinds = tuple(config.train_kinds if split == "train" else config.kinds)
     rng = np.random.default_rng([seed, 1 + list(INSTANCES).index(split), index, len(INSTANCES)])  # other draws than make_clip's
     turn, kind = index // len(kinds), kinds[index % len(kinds)]
     maker = {"direction": _direction, "digit": _digit, "which": _which, "speed": _speed}[kind]
     drawn, question, options, answer, instances = maker(rng, level, split, turn)
-    return Asked(moving_digits.shown(rng, level, split, drawn), kind, question, options, answer, instances)
+    return Asked(moving_digits.shown(rng, level, split, drawn, config.noise), kind, question, options, answer, instances)
 
 
 def _direction(rng: np.random.Generator, level: LevelName, split: Split, turn: int) -> tuple[Any, ...]:
@@ -127,20 +131,21 @@ def write(config: QuestionsConfig, out: str, on_tar: Callable[[int], None] = lam
         return
     done = 0
     for split in PARTS:
-        lines = []
+        lines: dict[str, list[dict[str, Any]]] = {name: [] for name in (TRAINED if split == "train" else (split,))}
         for start in range(0, getattr(config, split), CLIPS_PER_TAR):
             indices = range(start, min(start + CLIPS_PER_TAR, getattr(config, split)))
-            clips = {
-                f"{split}-{index:06}.mp4": make(config.level, config.seed, split, index, tuple(config.kinds)) for index in indices
-            }
+            clips = {f"{split}-{index:06}.mp4": make(config, split, index) for index in indices}
             tar = moving_digits.tar_of({name: clip.frames for name, clip in clips.items()})
             storage.write_bytes(storage.join(out, split, f"{split}-{start // CLIPS_PER_TAR:03}.tar"), tar)
             for index, (name, clip) in zip(indices, clips.items(), strict=True):
-                lines += conversations(name, clip, config.seed, index) if split == "train" else [question(name, clip)]
+                rows = conversations(name, clip, config.seed, index) if split == "train" else (question(name, clip),)
+                for told, row in zip(lines.values(), rows, strict=True):
+                    told.append(row)
             done += len(clips)
             on_tar(done)
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        storage.write_bytes(storage.join(out, f"{split}.jsonl"), text.encode())
+        for name, rows in lines.items():
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            storage.write_bytes(storage.join(out, f"{name}.jsonl"), text.encode())
     storage.write_bytes(marker, json.dumps(wanted).encode())
 
 
@@ -156,16 +161,14 @@ def question(video: str, clip: Asked) -> dict[str, Any]:
     }
 
 
-def conversations(video: str, clip: Asked, seed: int, index: int) -> Iterator[dict[str, Any]]:
-    """The two ways of asking: plainly, and with lettered options in drawn order."""
-    rng = np.random.default_rng([seed, index, 7])
-    order = rng.permutation(len(clip.options)).tolist()
+def conversations(video: str, clip: Asked, seed: int, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two ways of asking, in the order of TRAINED: plainly, and with lettered options in drawn order."""
+    order = np.random.default_rng([seed, index, 7]).permutation(len(clip.options)).tolist()
     options = [clip.options[place] for place in order]
     letter = vidqa_scoring.LETTERS[order.index(clip.answer)]
-    name = video.partition(".")[0]
-    for way, asked, answer in (
-        ("plain", vidqa_scoring.plain(clip.question), clip.options[clip.answer]),
-        ("letter", vidqa_scoring.lettered(clip.question, options), letter),
-    ):
+    plain = (vidqa_scoring.plain(clip.question), clip.options[clip.answer])
+    rows = []
+    for way, (asked, answer) in zip(TRAINED, (plain, (vidqa_scoring.lettered(clip.question, options), letter)), strict=True):
         turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
-        yield {"id": f"{name}-{way}", "video": video, "conversations": turns}
+        rows.append({"id": f"{video.partition('.')[0]}-{way}", "video": video, "conversations": turns})
+    return tuple(rows)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -36,6 +37,7 @@ from pipelines import (
     vidqa_scoring,
 )
 from pipelines.catalog_schema import CatalogRef
+from pipelines.chat import TemplateRefused
 from pipelines.clip_items import Item
 from pipelines.errors import InputRefused, UsageError
 from pipelines.evaluate_vidqa_table import BLIND, SHUFFLED, VIDEO, WAYS
@@ -48,6 +50,8 @@ from pipelines.vidqa_formats import Question
 ROWS = "rows.json"
 OUTSIDE = "outside"
 """Why a question is left out whose stretch begins after the last frame."""
+UNASKABLE = "too_long"
+"""Why one is that the model's context does not hold."""
 
 
 class Unit(NamedTuple):
@@ -92,9 +96,7 @@ def run(config: VideoQuestionsConfig, reporter: Reporter) -> dict[str, Any]:
     from pipelines import causal_model
 
     causal_model.check_installed()
-    config = evaluate_arms.pinned(config)
-    if len(config.model) == 1 and config.seeds != 1:
-        config = replace(config, seeds=1)  # an answer has no seed but the model's
+    config = evaluate_arms.pinned(replace(config, seeds=1))  # an answer has no seed but the model's: of several, their number
     run_dir, ref = config.run.dir, catalog.parse_ref(config.catalog)
     result = run_folder.read_json(run_dir, run_folder.RESULT)
     if result is None:
@@ -104,8 +106,7 @@ def run(config: VideoQuestionsConfig, reporter: Reporter) -> dict[str, Any]:
             missing = [unit for unit in units if evaluate_arms.read_unit(run_dir, unit.name) is None]
             shared, failures = _prepare(config, ref, asked.questions, reporter)
             evaluate_arms.run_tasks(_ask, [(unit,) for unit in missing], shared, config, reporter, len(missing))
-        answers = {seed: _answers(run_dir, [unit for unit in units if unit.seed == seed]) for seed in range(config.seeds)}
-        result = _finish(config, asked, answers, failures)
+        result = _finish(config, asked, units, failures)
     evaluate_vidqa_table.show(reporter, result)
     return {"run": run_dir, "questions": result["questions"], **evaluate_vidqa_table.told(result)}
 
@@ -243,7 +244,7 @@ def _ask(unit: Unit, shared: Shared) -> list[str]:
     first = unit.chunk * config.chunk
     numbers = [n for n in range(first, min(first + config.chunk, len(shared.questions))) if shared.items[n][0] >= 0]
     wanted = {item for number in numbers for item in shared.items[number]}
-    answers = []
+    answers, refused = [], []
     if numbers:
         found = features.read(shared.cache, [shared.encoders[unit.seed]], wanted)
         place = {item: row for row, item in enumerate(found.kept.tolist())}
@@ -252,9 +253,29 @@ def _ask(unit: Unit, shared: Shared) -> list[str]:
             part = numbers[start : start + config.batch]
             rows = [[place[shared.items[n][way]] for n in part] for way in range(2)]
             visual = {VIDEO: model.project(tokens[rows[0]]), SHUFFLED: model.project(tokens[rows[1]]), BLIND: None}
-            answers += answered(model, [shared.questions[n] for n in part], visual, config)
-    evaluate_arms.write_unit(shared.run_dir, unit.name, unit._asdict() | {"answers": answers})
+            told, lost = _answered(model, [shared.questions[n] for n in part], visual, config)
+            answers += told
+            refused += lost
+    evaluate_arms.write_unit(shared.run_dir, unit.name, unit._asdict() | {"answers": answers, "refused": refused})
     return [unit.name]
+
+
+def _answered(
+    model: Any, questions: list[Question], visual: dict[str, Tensor | None], config: VideoQuestionsConfig
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rows of `answered`, a row for each question that the model cannot be asked): one that is too long costs no other."""
+    try:
+        return answered(model, questions, visual, config), []
+    except (InputRefused, TemplateRefused) as refusal:
+        if len(questions) == 1:
+            return [], [{"video": questions[0].id, "reason": UNASKABLE, "detail": str(refusal)}]
+    rows, refused = [], []
+    for number, question in enumerate(questions):
+        alone = {way: None if seen is None else seen[number : number + 1] for way, seen in visual.items()}
+        found, lost = _answered(model, [question], alone, config)
+        rows += found
+        refused += lost
+    return rows, refused
 
 
 def answered(
@@ -301,17 +322,26 @@ def answered(
     return rows
 
 
-def _answers(run_dir: str, units: list[Unit]) -> pa.Table:
-    rows = [row for unit in units for row in evaluate_arms.read_unit(run_dir, unit.name)["answers"]]
-    return evaluate_vidqa_table.table_of(rows)
-
-
-def _finish(
-    config: VideoQuestionsConfig, asked: Asked, answers: dict[int, pa.Table], failures: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Result and picture. Returns the result."""
+def _finish(config: VideoQuestionsConfig, asked: Asked, units: list[Unit], failures: list[dict[str, Any]]) -> dict[str, Any]:
+    """Result and picture. Returns the result. Raises InputRefused where too many questions were too long."""
+    parts = {unit: evaluate_arms.read_unit(config.run.dir, unit.name) for unit in units}
+    answers = [
+        evaluate_vidqa_table.table_of([row for unit in units if unit.seed == seed for row in parts[unit]["answers"]])
+        for seed in range(config.seeds)
+    ]
+    refused = {row["video"]: row for part in parts.values() for row in part["refused"]}
+    if len(refused) > config.max_failed * len(asked.questions):
+        first = next(iter(refused.values()))
+        raise InputRefused(
+            f"{len(refused)} of {len(asked.questions)} questions cannot be asked, more than max_failed={config.max_failed:g}: "
+            f"{first['video']}: {first['detail']}"
+        )
+    failures = [*failures, *refused.values()]
+    if refused:  # of every model the same questions
+        keep = [pc.invert(pc.is_in(table["id"], pa.array(sorted(refused), pa.string()))) for table in answers]
+        answers = [table.filter(mask) for table, mask in zip(answers, keep, strict=True)]
     chances = {one.id: 1 / len(one.options) for one in asked.questions if one.options}
-    scores = evaluate_vidqa_table.summary([answers[seed] for seed in sorted(answers)], chances)
+    scores = evaluate_vidqa_table.summary(answers, chances)
     result = {
         "task": "vidqa",
         "lead": f"{scores['questions']} questions, put to the model as it is, blind, and before shuffled frames.",

@@ -107,15 +107,15 @@ def ink(level: LevelName, instance: int, track: np.ndarray) -> np.ndarray:
     return np.einsum("tyi,ij,txj->tyx", rows, _enlarged(digits()[0][instance], side), columns)
 
 
-def shown(rng: np.random.Generator, level: LevelName, split: Split, drawn: np.ndarray) -> np.ndarray:
-    """Ink [T, S, S] before a background, in noise: uint8 [T, S, S, 3]."""
+def shown(rng: np.random.Generator, level: LevelName, split: Split, drawn: np.ndarray, noise: float | None = None) -> np.ndarray:
+    """Ink [T, S, S] before a background, in noise (NOISE where none is given): uint8 [T, S, S, 3]."""
     size, _, _, photo = LEVELS[level]
     drawn = drawn[..., None]
     if photo:
         picture = 0.6 * _background(rng, size, split) + rng.uniform(70, 130) * drawn
     else:
         picture = rng.uniform(0, 40) + rng.uniform(140, 200) * drawn
-    noisy = picture + NOISE * rng.standard_normal((NUM_FRAMES, size, size, 1))
+    noisy = picture + (NOISE if noise is None else noise) * rng.standard_normal((NUM_FRAMES, size, size, 1))
     frames = np.broadcast_to(np.clip(noisy, 0, 255).round().astype(np.uint8), (NUM_FRAMES, size, size, 3))
     return np.ascontiguousarray(frames)
 

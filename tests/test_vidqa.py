@@ -47,10 +47,9 @@ def moved(frames: np.ndarray) -> np.ndarray:
     return np.array([[-np.angle(c[1, 0]), -np.angle(c[0, 1])] for c in cross]) * frames.shape[1] / (2 * np.pi)
 
 
-def test_answers_are_what_the_pixels_show(monkeypatch):
-    monkeypatch.setattr(moving_digits, "NOISE", 2.0)
+def test_answers_are_what_the_pixels_show():
     for index in range(4 * DIRECTIONS):
-        clip = digit_questions.make("tiny", 0, "train", index)
+        clip = digit_questions.make(QuestionsConfig(noise=2.0), "train", index)
         y, x = moved(clip.frames).mean(axis=0)
         if clip.kind == "direction":
             turned = np.degrees(np.arctan2(-y, x)) - 45 * clip.answer
@@ -72,7 +71,7 @@ def test_of_two_digits_the_asked_one_moves_as_asked(monkeypatch):
     monkeypatch.setattr(moving_digits, "ink", lambda level, one, track: drawn.append((one, track)) or real(level, one, track))
     for index in range(2 * DIRECTIONS):
         drawn.clear()
-        clip = digit_questions.make("tiny", 0, "test", index, ("which",))
+        clip = digit_questions.make(QuestionsConfig(kinds=["which"], train_kinds=["which"]), "test", index)
         ways = {}
         for instance, track in drawn:
             y, x = track[-1] - track[0]
@@ -85,7 +84,7 @@ def test_of_two_digits_the_asked_one_moves_as_asked(monkeypatch):
 def test_words_alone_are_right_by_chance_and_parts_share_no_digit():
     seen = {}
     for split in ("train", "validation", "test"):
-        clips = [digit_questions.make("tiny", 1, split, index) for index in range(320)]
+        clips = [digit_questions.make(QuestionsConfig(seed=1), split, index) for index in range(320)]
         seen[split] = {one for clip in clips for one in clip.instances}
         first, end = INSTANCES[split]
         assert all(first <= one < end for one in seen[split])
@@ -100,16 +99,16 @@ def test_words_alone_are_right_by_chance_and_parts_share_no_digit():
     assert not seen["train"] & seen["test"]
     assert not seen["train"] & seen["validation"]
     assert not seen["validation"] & seen["test"]
-    again = digit_questions.make("tiny", 1, "train", 5)
-    assert np.array_equal(again.frames, digit_questions.make("tiny", 1, "train", 5).frames)
+    again = digit_questions.make(QuestionsConfig(seed=1), "train", 5)
+    assert np.array_equal(again.frames, digit_questions.make(QuestionsConfig(seed=1), "train", 5).frames)
 
 
 def test_files_are_conversations_and_questions(tmp_path):
     config = QuestionsConfig(train=8, validation=2, test=4)
     digit_questions.write(config, str(tmp_path))
-    lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
-    assert len(lines) == 16
-    plain, letter = lines[0]["conversations"], lines[1]["conversations"]
+    lists = [(tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("plain", "lettered")]
+    assert [len(lines) for lines in lists] == [8, 8]
+    plain, letter = (json.loads(lines[0])["conversations"] for lines in lists)
     assert plain[0]["value"].startswith("<video>\nWhich way does the ")
     chosen = [line for line in letter[0]["value"].splitlines() if line.startswith(f"{letter[1]['value']}. ")]
     assert chosen == [f"{letter[1]['value']}. {plain[1]['value']}"], "the letter is that of the plain answer"
@@ -287,6 +286,20 @@ def test_every_question_is_put_in_all_ways():
     assert all(row["unread"] for row in rows if row["way"] == "blind" and row["id"] != "open")
 
 
+def test_a_question_that_is_too_long_costs_no_other():
+    class Short(Reading):
+        def score(self, prompts, choices):
+            if any("long" in prompt.turns[0][1] for prompt in prompts):
+                raise InputRefused("a question of 900 tokens")
+            return super().score(prompts, choices)
+
+    questions = [Question(name, "v", f"A {name} one?", ("x", "y"), "x", "c") for name in ("short", "long", "other")]
+    config = load(VideoQuestionsConfig, "evaluate vidqa", ["model=a", "catalog=b", "questions=c", "run.dir=d"])
+    rows, refused = evaluate_vidqa._answered(Short(), questions, {"video": torch.zeros(3, 1, 1), "blind": None}, config)
+    assert [row["id"] for row in rows] == ["short", "short", "other", "other"]
+    assert [(row["video"], row["reason"]) for row in refused] == [("long", "too_long")]
+
+
 def test_the_table_has_margins_and_intervals_by_category():
     questions, rows = made_answers()
     table = evaluate_vidqa_table.table_of(rows)
@@ -369,8 +382,29 @@ def test_the_benchmark_runs_and_continues(bench):
     assert before == {path: path.stat().st_mtime_ns for path in bench.rglob("*.safetensors")}, "nothing is trained again"
 
 
+def test_a_killed_evaluation_goes_on_with_what_is_missing(bench):
+    folder = bench / "answers" / "pretrained"
+    result, rows = folder / "result.json", sorted((folder / "results").iterdir())
+    before = json.loads(result.read_text())
+    written = [path.stat().st_mtime_ns for path in rows]
+    assert len(rows) == 1
+    result.unlink()
+    questions, run = bench / "questions" / "test.jsonl", bench / "align" / "pretrained-s0"
+    catalog = json.loads((bench / "stages" / "ingest-test.json").read_text())["catalog"]
+    words = [f"model=[{run}]", f"catalog={catalog}", f"questions={questions}", "methods=[likelihood,letter]", f"run.dir={folder}"]
+    assert main(["evaluate", "vidqa", *words]) == 0
+    assert [path.stat().st_mtime_ns for path in rows] == written, "no question is asked again"
+    assert json.loads(result.read_text()) == before
+    assert main(["evaluate", "vidqa", *words, "chunk=3"]) == 2, "not with other options"
+    assert main(["report", str(folder), f"out={folder}/report.html"]) == 0
+    page = (folder / "report.html").read_text()
+    assert "over shuffled" in page
+    assert "by category" in page
+    assert main(["evaluate", "vidqa", *words[:-1], f"run.dir={bench}/other", "categories=[motion]"]) == 2
+
+
 def test_ask_answers_with_the_frames_that_it_saw(bench, tmp_path, capsys):
-    member = digit_questions.make("tiny", 0, "test", 0)
+    member = digit_questions.make(QuestionsConfig(), "test", 0)
     video = tmp_path / "clip.mp4"
     video.write_bytes(digit_questions.moving_digits.encode_video(member.frames, 8.0, crf=10))
     run = bench / "align" / "pretrained-s0"
