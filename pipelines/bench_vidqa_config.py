@@ -24,6 +24,8 @@ class QuestionsConfig:
     """Which questions, in turn."""
     train_kinds: list[str] = field(default_factory=lambda: list(KINDS))
     """The same of the training part, where some may come more often."""
+    digits: list[int] = field(default_factory=lambda: list(range(10)))
+    """Which digits are shown."""
     noise: float = 10.0
     """Deviation in grey levels. At moving_digits' own 40, a training of minutes does not read digits: see docs/vidqa.md."""
     train: int = 8000
@@ -43,6 +45,8 @@ class QuestionsConfig:
             raise UsageError(
                 f"questions.train_kinds={list(self.train_kinds)} must be the same questions as kinds, in any numbers"
             )
+        if len(self.digits) < 2 or sorted(set(self.digits) & set(range(10))) != list(self.digits):
+            raise UsageError(f"questions.digits={list(self.digits)} must be two or more of 0 to 9, ascending")
         if self.seed < 0 or self.noise < 0:
             raise UsageError(f"questions.seed={self.seed} and noise={self.noise:g} must not be negative")
 

@@ -3,7 +3,7 @@
     direction   one digit drifts: "Which way does the 7 move?", one of 8
     which       two digits drift apart by 90 degrees or more: "Which digit moves left?", one of the two
     speed       one digit drifts at one speed for half of the clip and at another one then: "Does the 7 get faster or slower?"
-    digit       one digit drifts: "Which digit is it?", one of 10; a single frame shows it, so shuffled frames do too
+    digit       one digit drifts: "Which digit is it?"; a single frame shows it, so shuffled frames do too
 
 Answers come in turn and all else is drawn, so a model that sees nothing is right by chance. Train, validation and test show other
 handwritten digits, as moving_digits.py has it.
@@ -56,47 +56,48 @@ class Asked(NamedTuple):
 
 def make(config: QuestionsConfig, split: Split, index: int) -> Asked:
     """Clip `index` of a part and its question: the same arguments give the same pixels and words."""
-    level, seed = config.level, config.seed
     kinds = tuple(config.train_kinds if split == "train" else config.kinds)
-    rng = np.random.default_rng([seed, 1 + list(INSTANCES).index(split), index, len(INSTANCES)])  # other draws than make_clip's
+    # Other draws than make_clip's, which takes three numbers.
+    rng = np.random.default_rng([config.seed, list(INSTANCES).index(split), index, len(INSTANCES)])
     turn, kind = index // len(kinds), kinds[index % len(kinds)]
     maker = {"direction": _direction, "digit": _digit, "which": _which, "speed": _speed}[kind]
-    drawn, question, options, answer, instances = maker(rng, level, split, turn)
-    return Asked(moving_digits.shown(rng, level, split, drawn, config.noise), kind, question, options, answer, instances)
+    drawn, question, options, answer, instances = maker(rng, config, split, turn)
+    return Asked(moving_digits.shown(rng, config.level, split, drawn, config.noise), kind, question, options, answer, instances)
 
 
-def _direction(rng: np.random.Generator, level: LevelName, split: Split, turn: int) -> tuple[Any, ...]:
-    instance, way = _instance(rng, split), turn % DIRECTIONS
-    drawn = moving_digits.ink(level, instance, _track(rng, level, way))
+def _direction(rng: np.random.Generator, config: QuestionsConfig, split: Split, turn: int) -> tuple[Any, ...]:
+    instance, way = _one_of(rng, config, split), turn % DIRECTIONS
+    drawn = moving_digits.ink(config.level, instance, _track(rng, config.level, way))
     return drawn, f"Which way does the {_name(instance)} move?", WAYS, way, (instance,)
 
 
-def _digit(rng: np.random.Generator, level: LevelName, split: Split, turn: int) -> tuple[Any, ...]:
-    instance = _instance(rng, split, turn % 10)
-    drawn = moving_digits.ink(level, instance, _track(rng, level, int(rng.integers(DIRECTIONS))))
-    return drawn, "Which digit is it?", tuple(map(str, range(10))), turn % 10, (instance,)
+def _digit(rng: np.random.Generator, config: QuestionsConfig, split: Split, turn: int) -> tuple[Any, ...]:
+    answer = turn % len(config.digits)
+    instance = _instance(rng, split, config.digits[answer])
+    drawn = moving_digits.ink(config.level, instance, _track(rng, config.level, int(rng.integers(DIRECTIONS))))
+    return drawn, "Which digit is it?", tuple(map(str, config.digits)), answer, (instance,)
 
 
-def _which(rng: np.random.Generator, level: LevelName, split: Split, turn: int) -> tuple[Any, ...]:
+def _which(rng: np.random.Generator, config: QuestionsConfig, split: Split, turn: int) -> tuple[Any, ...]:
     """The asked way comes in turn, and so does whether the asked digit is the smaller one; options ascend."""
     asked = (turn // 2) % DIRECTIONS
     other = (asked + int(rng.integers(APART, DIRECTIONS - APART + 1))) % DIRECTIONS
-    digits = sorted(rng.choice(10, 2, replace=False).tolist())
+    digits = sorted(rng.choice(config.digits, 2, replace=False).tolist())
     mine = turn % 2
     pair = tuple(_instance(rng, split, digit) for digit in digits)
-    tracks = [_track(rng, level, asked if place == mine else other) for place in range(2)]
-    drawn = np.maximum(*(moving_digits.ink(level, one, track) for one, track in zip(pair, tracks, strict=True)))
+    tracks = [_track(rng, config.level, asked if place == mine else other) for place in range(2)]
+    drawn = np.maximum(*(moving_digits.ink(config.level, one, track) for one, track in zip(pair, tracks, strict=True)))
     return drawn, f"Which digit moves {WAYS[asked]}?", tuple(map(str, digits)), mine, pair
 
 
-def _speed(rng: np.random.Generator, level: LevelName, split: Split, turn: int) -> tuple[Any, ...]:
+def _speed(rng: np.random.Generator, config: QuestionsConfig, split: Split, turn: int) -> tuple[Any, ...]:
     """Slow is the slower third of the level's speeds, fast the faster third."""
-    instance, (least, most) = _instance(rng, split), LEVELS[level].speed
+    instance, (least, most) = _one_of(rng, config, split), LEVELS[config.level].speed
     third = (most - least) / 3
     slow, fast = rng.uniform(least, least + third), rng.uniform(most - third, most)
     first, then = (slow, fast) if turn % 2 == 0 else (fast, slow)
     steps = np.r_[0.0, np.full(NUM_FRAMES // 2 - 1, first), (first + then) / 2, np.full(NUM_FRAMES // 2 - 1, then)]
-    drawn = moving_digits.ink(level, instance, _track(rng, level, int(rng.integers(DIRECTIONS)), steps))
+    drawn = moving_digits.ink(config.level, instance, _track(rng, config.level, int(rng.integers(DIRECTIONS)), steps))
     return drawn, f"Does the {_name(instance)} get faster or slower?", PACES, turn % 2, (instance,)
 
 
@@ -106,11 +107,13 @@ def _track(rng: np.random.Generator, level: LevelName, way: int, steps: np.ndarr
     return rng.uniform(0, LEVELS[level].size, 2) + np.cumsum(steps)[:, None] * moving_digits.heading(way)
 
 
-def _instance(rng: np.random.Generator, split: Split, digit: int | None = None) -> int:
-    """A handwritten digit of a part: any, or one of those that are a `digit`."""
+def _one_of(rng: np.random.Generator, config: QuestionsConfig, split: Split) -> int:
+    return _instance(rng, split, int(rng.choice(config.digits)))
+
+
+def _instance(rng: np.random.Generator, split: Split, digit: int) -> int:
+    """A handwritten digit of a part."""
     first, end = INSTANCES[split]
-    if digit is None:
-        return int(rng.integers(first, end))
     return int(first + rng.choice(np.flatnonzero(moving_digits.digits()[1][first:end] == digit)))
 
 
