@@ -5,9 +5,7 @@ and a small network under the same planner, and an oracle. A task is a folder be
 their result are not done again: the same command continues a killed benchmark.
 """
 
-import importlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,12 +13,12 @@ from jepa_core.config import PlannerConfig
 from pipelines import bench_planning_table, closed_loop, presets, ray_session, run_folder, storage
 from pipelines.bench_planning_config import PRETRAIN, UNTRAINED, PlanningBenchConfig, tasks_of
 from pipelines.bench_planning_table import BASELINE, ECONOMICAL, JEPA, NOTHING, ORACLE, RANDOM
+from pipelines.bench_stages import STAGES, run_verb, stage
 from pipelines.closed_loop import Agent, Arena
 from pipelines.config import PostTrainConfig, PretrainConfig
 from pipelines.errors import ConditionMissed, UsageError
 from pipelines.progress import Reporter
 
-STAGES = "stages"
 CHECKPOINT_GRID = 32
 """Checkpoints that post-training commits; those that are scored lie closer together where the model still changes much."""
 
@@ -67,7 +65,7 @@ def _run_task(config: PlanningBenchConfig, task: str, folder: str, reporter: Rep
     from pipelines import bench_offline  # imports ray, which the session has to start first
 
     post_train, baseline = storage.join(folder, "post-train"), storage.join(folder, "baseline")
-    trained["baseline"] = _stage(folder, "baseline", lambda: bench_offline.fit_baseline(post_train, baseline, config.baseline))
+    trained["baseline"] = stage(folder, "baseline", lambda: bench_offline.fit_baseline(post_train, baseline, config.baseline))
     fps = run_folder.config_of(post_train, PostTrainConfig, "post-training").fps
     arena = Arena(task, config.steps, config.seed, config.success_distance, config.sim, config.planner.max_step, fps)
     newest = run_folder.require_checkpoint(post_train)
@@ -110,42 +108,23 @@ def economical_planner(config: PlanningBenchConfig) -> PlannerConfig | None:
     return replace(planner, max_step=config.planner.max_step, max_gripper=config.planner.max_gripper)
 
 
-def _stage(folder: str, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of a stage, from its file where it is finished."""
-    done = run_folder.read_json(storage.join(folder, STAGES), f"{name}.json")
-    if done is None:
-        before = time.perf_counter()
-        done = {**work(), "seconds": time.perf_counter() - before}
-        run_folder.write_json(storage.join(folder, STAGES), f"{name}.json", done)
-    return done
-
-
 def _train(config: PlanningBenchConfig, task: str, folder: str, reporter: Reporter) -> dict[str, dict[str, Any]]:
     """Everything up to the post-trained model. Returns what each stage told."""
     trajectories = storage.join(folder, "trajectories")
     encoder = config.encoder if config.encoder not in (PRETRAIN, UNTRAINED) else storage.join(folder, config.encoder)
-    told = {"record": _stage(folder, "record", lambda: _verb("record", record_words(config, task, trajectories), reporter))}
+    told = {"record": stage(folder, "record", lambda: run_verb("record", record_words(config, task, trajectories), reporter))}
     if config.encoder == PRETRAIN:
         catalog = storage.join(folder, "catalog")
         ingest = [f"source={trajectories}", f"catalog={catalog}"]
-        told["ingest"] = _stage(folder, "ingest", lambda: _verb("ingest", ingest, reporter))
+        told["ingest"] = stage(folder, "ingest", lambda: run_verb("ingest", ingest, reporter))
         words = [*config.pretrain, f"catalog={catalog}", f"run.dir={encoder}"]
-        told["pretrain"] = _stage(folder, "pretrain", lambda: _verb("pretrain", words, reporter))
+        told["pretrain"] = stage(folder, "pretrain", lambda: run_verb("pretrain", words, reporter))
     elif config.encoder == UNTRAINED:
         words = [*config.pretrain, "catalog=none", f"run.dir={encoder}"]
-        told["encoder"] = _stage(folder, "encoder", lambda: _untrained(words, encoder))
+        told["encoder"] = stage(folder, "encoder", lambda: _untrained(words, encoder))
     words = post_train_words(config, trajectories, encoder, storage.join(folder, "post-train"))
-    told["post-train"] = _stage(folder, "post-train", lambda: _verb("post-train", words, reporter))
+    told["post-train"] = stage(folder, "post-train", lambda: run_verb("post-train", words, reporter))
     return told
-
-
-def _verb(name: str, words: Sequence[str], reporter: Reporter) -> dict[str, Any]:
-    """What `jepa NAME WORDS...` does."""
-    from pipelines.verbs import VERBS
-
-    reporter.event("stage", run=" ".join(["jepa", name, *words]))
-    verb = VERBS[name]
-    return importlib.import_module(verb.module).run(presets.load(verb.options, name, words), reporter)
 
 
 def record_words(config: PlanningBenchConfig, task: str, trajectories: str) -> list[str]:

@@ -6,6 +6,7 @@ model, n tokens or visual tokens in all, R rows of S tokens.
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -276,20 +277,35 @@ def _last_run(answer: Tensor) -> Tensor:
 def load_video_language_model(uri: str, device: str = "cpu") -> Answerer:
     """The model of a finished or running run of `jepa align`, or of one of its checkpoints. Raises InputRefused for another."""
     causal_model.check_installed()
+    encoder, clip, config, checkpoint = load_seeing_encoder(uri)
+    model = build(config, encoder.config, clip, None, train=False)
+    model.projector.load_state_dict(run_folder.load_weights(checkpoint, PROJECTOR))
+    if storage.exists(storage.join(checkpoint.uri, f"{LANGUAGE}.safetensors")):
+        causal_model.take_trained(model.lm, run_folder.load_weights(checkpoint, LANGUAGE), checkpoint.uri)
+    talk = causal_model.open_chat(config.run.dir)
+    return Answerer(model.to(device), encoder.to(device), talk, clip, config.language_model.max_length)
+
+
+class Seeing(NamedTuple):
+    """The part of a trained model that looks."""
+
+    encoder: VisionTransformer
+    clip: ClipConfig
+    config: AlignConfig
+    checkpoint: run_folder.Checkpoint
+
+
+def load_seeing_encoder(uri: str) -> Seeing:
+    """The encoder of a run of `jepa align` or of one of its checkpoints, as tuned there, without the language model."""
     at = run_folder.checkpoint_at(uri)
     run_dir, checkpoint = at or (storage.normalize(uri), None)
     config = run_folder.config_of(run_dir, AlignConfig, "video-language")
+    config = replace(config, run=replace(config.run, dir=run_dir))  # the folder may have been moved
     checkpoint = checkpoint or run_folder.require_checkpoint(run_dir)
     encoder, source = load_frozen_encoder(run_dir)
-    clip = config.clip_of(source.clip)
-    model = build(config, source.model.encoder, clip, None, train=False)
-    for stem, part in ((PROJECTOR, model.projector), (ENCODER, encoder)):
-        if storage.exists(storage.join(checkpoint.uri, f"{stem}.safetensors")):
-            part.load_state_dict(run_folder.load_weights(checkpoint, stem))
-    if storage.exists(storage.join(checkpoint.uri, f"{LANGUAGE}.safetensors")):
-        causal_model.take_trained(model.lm, run_folder.load_weights(checkpoint, LANGUAGE), checkpoint.uri)
-    talk = causal_model.open_chat(run_dir)
-    return Answerer(model.to(device), encoder.to(device), talk, clip, config.language_model.max_length)
+    if storage.exists(storage.join(checkpoint.uri, f"{ENCODER}.safetensors")):
+        encoder.load_state_dict(run_folder.load_weights(checkpoint, ENCODER))
+    return Seeing(encoder, config.clip_of(source.clip), config, checkpoint)
 
 
 def build(

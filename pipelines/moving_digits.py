@@ -20,7 +20,7 @@ import importlib.util
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,22 +86,38 @@ class Clip(NamedTuple):
 def make_clip(level: LevelName, seed: int, split: Split, index: int) -> Clip:
     """Clip `index` of a part: the same arguments give the same pixels. Directions come in turn, all else is drawn."""
     rng = np.random.default_rng([seed, list(INSTANCES).index(split), index])
-    size, side, speeds, photo = LEVELS[level]
-    images, classes = _digits()
+    size, _, speeds, _ = LEVELS[level]
     instance = int(rng.integers(*INSTANCES[split]))
     direction, speed = index % DIRECTIONS, float(rng.uniform(*speeds))
+    track = rng.uniform(0, size, 2) + speed * heading(direction) * np.arange(NUM_FRAMES)[:, None]
+    frames = shown(rng, level, split, ink(level, instance, track))
+    return Clip(frames, direction, int(digits()[1][instance]), instance, speed)
+
+
+def heading(direction: int) -> np.ndarray:
+    """(y, x) of length 1 that points where DIRECTIONS says."""
     angle = 2 * np.pi * direction / DIRECTIONS
-    velocity = speed * np.array([-np.sin(angle), np.cos(angle)])  # (y, x)
-    track = rng.uniform(0, size, 2) + velocity * np.arange(NUM_FRAMES)[:, None]
+    return np.array([-np.sin(angle), np.cos(angle)])
+
+
+def ink(level: LevelName, instance: int, track: np.ndarray) -> np.ndarray:
+    """One digit on the torus, its upper left corner at `track` float [T, 2] of (y, x) pixels: float64 [T, S, S] in 0..1."""
+    size, side, *_ = LEVELS[level]
     rows, columns = (_placed(track[:, axis], side, size) for axis in (0, 1))
-    ink = np.einsum("tyi,ij,txj->tyx", rows, _enlarged(images[instance], side), columns)[..., None]
+    return np.einsum("tyi,ij,txj->tyx", rows, _enlarged(digits()[0][instance], side), columns)
+
+
+def shown(rng: np.random.Generator, level: LevelName, split: Split, drawn: np.ndarray, noise: float | None = None) -> np.ndarray:
+    """Ink [T, S, S] before a background, in noise (NOISE where none is given): uint8 [T, S, S, 3]."""
+    size, _, _, photo = LEVELS[level]
+    drawn = drawn[..., None]
     if photo:
-        picture = 0.6 * _background(rng, size, split) + rng.uniform(70, 130) * ink
+        picture = 0.6 * _background(rng, size, split) + rng.uniform(70, 130) * drawn
     else:
-        picture = rng.uniform(0, 40) + rng.uniform(140, 200) * ink
-    noisy = picture + NOISE * rng.standard_normal((NUM_FRAMES, size, size, 1))
+        picture = rng.uniform(0, 40) + rng.uniform(140, 200) * drawn
+    noisy = picture + (NOISE if noise is None else noise) * rng.standard_normal((NUM_FRAMES, size, size, 1))
     frames = np.broadcast_to(np.clip(noisy, 0, 255).round().astype(np.uint8), (NUM_FRAMES, size, size, 3))
-    return Clip(np.ascontiguousarray(frames), direction, int(classes[instance]), instance, speed)
+    return np.ascontiguousarray(frames)
 
 
 def write(level: LevelName, config: DigitsConfig, out: str, on_tar: Callable[[int], None] = lambda clips: None) -> None:
@@ -133,16 +149,21 @@ def write(level: LevelName, config: DigitsConfig, out: str, on_tar: Callable[[in
 
 def _tar(level: LevelName, seed: int, split: Split, indices: range) -> tuple[bytes, list[tuple[Any, ...]]]:
     """(an uncompressed tar of these clips as MP4, their rows of COLUMNS)."""
-    buffer, rows = io.BytesIO(), []
+    clips = {f"{split}-{index:06}.mp4": make_clip(level, seed, split, index) for index in indices}
+    rows = [(name, split, clip.direction, clip.digit, clip.instance) for name, clip in clips.items()]
+    return tar_of({name: clip.frames for name, clip in clips.items()}), rows
+
+
+def tar_of(clips: Mapping[str, np.ndarray]) -> bytes:
+    """An uncompressed tar of clips uint8 [T, S, S, 3] as MP4, by the names of its members."""
+    buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for index in indices:
-            clip = make_clip(level, seed, split, index)
-            member = tarfile.TarInfo(f"{split}-{index:06}.mp4")
-            data = encode_video(clip.frames, FPS, crf=CRF)
+        for name, frames in clips.items():
+            data = encode_video(frames, FPS, crf=CRF)
+            member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-            rows.append((member.name, split, clip.direction, clip.digit, clip.instance))
-    return buffer.getvalue(), rows
+    return buffer.getvalue()
 
 
 @functools.cache
@@ -156,7 +177,7 @@ def _folder() -> Path:
 
 
 @functools.cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
+def digits() -> tuple[np.ndarray, np.ndarray]:
     """(ink float64 [1797, 8, 8] in 0..1, classes int64 [1797])."""
     with gzip.open(_folder() / "data" / "digits.csv.gz") as file:
         table = np.loadtxt(file, delimiter=",")

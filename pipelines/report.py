@@ -20,6 +20,7 @@ KINDS = {
     "plan": {"planner", "model"},
     "evaluate": {"model", "controls"},
     "pictures": {"model", "footage"},
+    "questions": {"model", "questions"},
 }
 """In order of the page: the options by which a verb's configuration is known."""
 

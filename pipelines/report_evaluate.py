@@ -4,7 +4,7 @@ A result has `task`, `lead`, `arms` and `differences` (evaluate_table.py), and m
 file and caption of each.
 """
 
-from pipelines import evaluate_table, run_folder, storage
+from pipelines import evaluate_table, evaluate_vidqa_table, run_folder, storage
 from pipelines import report_figures as figures
 from pipelines.report_page import Card, Group, Picture, Row, Section, Table
 
@@ -31,6 +31,19 @@ def evaluation(section: Section) -> None:
         caption = "In points, paired by seed; p of the paired t test."
         group.tables.append(Table(columns, [list(row) for row in rows], caption))
     _pictures(section, group, result)
+
+
+def questions(section: Section) -> None:
+    """Lay out `jepa evaluate vidqa`: as any evaluation, and its table by category."""
+    evaluation(section)
+    result = run_folder.read_json(section.run_dir, run_folder.RESULT)
+    if not isinstance(result, dict):
+        return
+    seen = [line for line in result["arms"] if line["arm"] == evaluate_vidqa_table.VIDEO]
+    section.cards += [Card(line["probe"], evaluate_table.shown(line), "with the video, %") for line in seen]
+    columns, rows = evaluate_vidqa_table.category_table(result)
+    caption = "In %, by category; the last two columns in points, paired by question or by model."
+    section.groups[-1].tables.append(Table(columns, [[str(cell) for cell in row] for row in rows], caption))
 
 
 def pictures(section: Section) -> None:

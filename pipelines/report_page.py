@@ -21,6 +21,7 @@ TITLES = {
     "offline": "A world model on held-out episodes",
     "plan": "Planning",
     "evaluate": "Evaluation",
+    "questions": "Questions about videos",
     "pictures": "Pictures of features",
 }
 

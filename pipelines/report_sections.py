@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from pipelines import catalog, run_folder, storage
 from pipelines import report_figures as figures
 from pipelines.errors import InputRefused
-from pipelines.report_evaluate import evaluation, offline, pictures
+from pipelines.report_evaluate import evaluation, offline, pictures, questions
 from pipelines.report_figures import BLUE, GREEN, MUTED, ORANGE, PURPLE, Series
 from pipelines.report_page import Card, Group, Picture, Row, Section, Table, centimetres, number, percent
 from pipelines.report_sweep import sweep
@@ -60,7 +60,7 @@ def build_section(run_dir: str, kind: str, config: Row) -> Section:
     """Read a run and lay out what the page says about it."""
     section = Section(run_dir, kind, config, PurePosixPath(run_dir).name)
     builders = {"pretrain": _pretrain, "sweep": sweep, "post-train": _post_train, "plan": _plan, "evaluate": evaluation,
-                "pictures": pictures, "offline": offline}  # fmt: skip
+                "pictures": pictures, "offline": offline, "questions": questions}  # fmt: skip
     builder = builders[kind]
     section.attempt("The run", lambda: builder(section))
     section.attempt("Provenance", lambda: _provenance(section))

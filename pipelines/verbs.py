@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pipelines import align_config as align_schema
 from pipelines import bench_config as bench_schema
 from pipelines import bench_planning_config as planning_schema
+from pipelines import bench_vidqa_config as vidqa_bench_schema
 from pipelines import capacity_config as capacity_schema
 from pipelines import cluster_config as cluster_schema
 from pipelines import config as schema
@@ -16,6 +17,7 @@ from pipelines import seeing_config as seeing_schema
 from pipelines import serve_config as serve_schema
 from pipelines import sweep_config as sweep_schema
 from pipelines import trajectories_config as trajectories_schema
+from pipelines import vidqa_config as vidqa_schema
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,28 @@ VERBS = {
         "does the robot arrive? world models in closed loop, beside what needs none",
         ("encoder",),
         ("run.dir",),
+    ),
+    "bench vidqa": Verb(
+        vidqa_bench_schema.VidQABenchConfig,
+        "pipelines.bench_vidqa",
+        "does the language model see? questions about generated video, with controls",
+        ("encoder",),
+        ("run.dir",),
+    ),
+    "evaluate vidqa": Verb(
+        vidqa_schema.VideoQuestionsConfig,
+        "pipelines.evaluate_vidqa",
+        "questions about videos, beside the same model blind and shuffled frames",
+        ("model", "catalog", "questions"),
+        ("run.dir",),
+    ),
+    "ask": Verb(
+        vidqa_schema.AskConfig,
+        "pipelines.ask",
+        "a question about one video, answered in words",
+        ("model", "video"),
+        ("frames",),
+        ("model", "video", "question"),
     ),
     "evaluate probe": Verb(
         evaluate_schema.ProbeEvaluationConfig,
