@@ -130,10 +130,11 @@ def _nodes(config: DoctorConfig) -> list[Finding]:
                 mode = "require" if cards else "skip"
                 name = f"{node['NodeManagerHostname']}/{node['NodeID'][:6]}"
                 asked.append((name, task.remote(config.min_spill_gb, mode, None)))
-        found = []
+        found, deadline = [], time.monotonic() + NODE_SECONDS
         for name, reference in asked:
             try:
-                found += [checks.on(name, finding) for finding in ray.get(reference, timeout=NODE_SECONDS)]
+                told = ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
+                found += [checks.on(name, finding) for finding in told]
             except ray.exceptions.RayError as error:
                 reason = str(error).strip().splitlines()[-1]
                 detail = f"did not do the checks ({reason})"

@@ -1,8 +1,9 @@
 """RayJobs and CronJobs on Kubernetes: by kubectl where it is installed, or as a pod, with its service account.
 
-Only three requests are made: create, get, list. What exists under a name is never changed, so a name happens once.
+A job that exists under a name is never changed, so a name happens once; `jepa schedule apply` replaces its CronJob.
 """
 
+import http.client
 import json
 import re
 import shutil
@@ -149,7 +150,7 @@ def _by_pod(method: str, path: str, body: dict[str, Any] | None) -> dict[str, An
         except ValueError:
             reason = str(error)
         raise _refusal(error.code, f"{method} {path}", reason) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise Retryable(f"the Kubernetes API server does not answer ({last_line(str(error))}): try again") from error
 
 
@@ -161,7 +162,10 @@ def _by_kubectl(method: str, path: str, body: dict[str, Any] | None) -> dict[str
     verbs = {"GET": ["get"], "POST": ["create", "--filename", "-"], "PUT": ["replace", "--filename", "-"], "DELETE": ["delete"]}
     command = [kubectl, f"--request-timeout={ANSWER_SECONDS}s", *verbs[method], f"--raw=/{path}"]
     given = json.dumps(body) if body is not None else None
-    ended = subprocess.run(command, input=given, capture_output=True, text=True, timeout=2 * ANSWER_SECONDS)
+    try:
+        ended = subprocess.run(command, input=given, capture_output=True, text=True, timeout=2 * ANSWER_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise Retryable(f"kubectl {method} {path} did not answer within {2 * ANSWER_SECONDS} s: try again") from error
     if ended.returncode == 0:
         return json.loads(ended.stdout)
     reason = last_line(ended.stderr)
@@ -175,7 +179,7 @@ def _refusal(code: int, what: str, reason: str) -> JepaError:
     if code == 404:
         return InputRefused(f"{what}: {reason}: is the name right, and KubeRay installed?")
     if code in (401, 403):
-        return UsageError(f"{what}: access denied ({reason}): the account needs create, get, list and delete on it")
+        return UsageError(f"{what}: access denied ({reason}): the account needs create, get, list, update and delete on it")
     if 400 <= code < 500 and code != 429:
         return UsageError(f"{what}: Kubernetes refuses it ({reason})")
     return Retryable(f"{what} failed ({reason}): try again")

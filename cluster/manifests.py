@@ -92,19 +92,22 @@ class Pods(Protocol):
     decode_workers: int
     queue: str | None
     env_secret: str | None
+    service_account: str
+    pools: bool
+    wait_s: int
     deadline_s: int
 
 
 def cluster_of(pods: Pods) -> Cluster:
-    """A cluster of fixed size on any nodes, of the groups that are asked for."""
+    """A cluster of fixed size, of the groups that are asked for."""
     groups = [(DECODE, pods.decode_workers), (TRAIN, pods.gpu_workers)]
     return Cluster(
         image=pods.image or "",
         namespace=pods.namespace,
         token_secret=pods.token_secret,
         env_secret=pods.env_secret,
-        service_account="default",
-        workers=tuple(_resized(group, number) for group, number in groups if number),
+        service_account=pods.service_account,
+        workers=tuple(_resized(group, number, pools=pods.pools) for group, number in groups if number),
         autoscale=False,
         queue=pods.queue,
         priority_classes=False,
@@ -133,7 +136,8 @@ def rayjob(
     keep_s: how long the cluster of a finished job stands, for its dashboard.
     """
     if not isinstance(cluster, Cluster):
-        deadline_s, cluster = deadline_s or cluster.deadline_s, cluster_of(cluster)
+        deadline_s, wait_s = deadline_s or cluster.deadline_s, wait_s or cluster.wait_s
+        cluster = cluster_of(cluster)
     metadata = _metadata(name, cluster)
     spec: dict[str, Any] = {
         "entrypoint": entrypoint,
@@ -273,6 +277,8 @@ def _template(cluster: Cluster, group: Group, *, automount: bool = False) -> dic
             {"name": "client", "containerPort": 10001},
         ]
     container["volumeMounts"] += [{"name": "shm", "mountPath": SHM}, {"name": "spill", "mountPath": SPILL}]
+    # Copies of videos and of checkpoints would fill /tmp, where Ray's own sockets and logs stay.
+    container["env"] += [{"name": "TMPDIR", "value": SPILL}, {"name": "RAY_TMPDIR", "value": "/tmp"}]  # noqa: S108
     pod["volumes"] += [
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{_shm_gib(group)}Gi"}},
         {"name": "spill", "emptyDir": {"sizeLimit": f"{group.spill_gib}Gi"}},
@@ -362,5 +368,6 @@ def _shm_gib(group: Group) -> int:
     return max(1, int(group.memory_gib * SHM_SHARE))
 
 
-def _resized(group: Group, number: int) -> Group:
-    return replace(group, least=number, most=number, pool="", spot=False)
+def _resized(group: Group, number: int, *, pools: bool) -> Group:
+    resized = replace(group, least=number, most=number)
+    return resized if pools else replace(resized, pool="", spot=False)

@@ -25,7 +25,6 @@ KNOWN = {"apiVersion", "kind", "metadata", "resources", "components", "patches",
 """Parts of a kustomization that are understood here."""
 GATES = "jepa/feature-gates"
 """Annotation of a kustomization: alpha features of KubeRay that it needs, separated by commas."""
-CLUSTER_WIDE = {"Namespace", "PriorityClass"}
 BUCKET = "s3://jepa-runs"
 PRETRAIN = (
     f"jepa pretrain preset=vitl16_256_16f catalog={BUCKET}/catalog run.dir={BUCKET}/runs/vitl "
@@ -55,6 +54,9 @@ def generated() -> dict[str, dict[str, Any]]:
         "pod.namespace=jepa",
         f"pod.image={IMAGE}",
         "pod.decode_workers=2",
+        "pod.service_account=jepa-ingest",
+        "pod.pools=true",
+        "pod.wait_s=3000",
     ]
     return {
         "dev/raycluster.yaml": raycluster("jepa", one_node),

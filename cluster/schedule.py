@@ -60,7 +60,7 @@ def _submit(config: ScheduleConfig) -> SubmitConfig:
 
 def _words(config: ScheduleConfig) -> list[str]:
     """Options of jepa submit in the pod."""
-    words = [f"target={config.target}", f"window={config.every}@{config.at}", f"retries={config.retries}"]
+    words = [f"target={config.target}", f"window={config.every}@{config.at}"]  # attempts are the CronJob's: backoffLimit
     if config.target == "jobs":
         return [*words, f"address={config.address}"]
     default = PodConfig()

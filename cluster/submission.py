@@ -94,10 +94,10 @@ def job_of(config: SubmitConfig) -> Job:
     if local and not config.working_dir:
         raise UsageError(f"{local[0]} is a file here: give working_dir=FOLDER with it inside, or write its options out")
     window = windows.name_of(config.window) if config.window else None
-    if window and verb == "ingest" and not options.run:
-        words = [*words, f"run={window}"]
     code = _code_digest(config.working_dir) if config.working_dir else ""
     digest = hashlib.sha256(f"{verb}\n{to_yaml(options)}{code}".encode()).hexdigest()[:10]
+    if window and verb == "ingest" and not options.run:
+        words = [*words, f"run={window}-{digest[:6]}"]  # several sources may go into one catalog in the same window
     room = LONGEST_NAME - len(ATTEMPT) - len(f"jepa--{digest}99") - (len(window) + 1 if window else 0)
     parts = ["jepa", verb.replace(" ", "-")[:room].rstrip("-"), digest, *([window] if window else [])]
     command = ["python", "-m", "pipelines.cli"] if config.working_dir else ["jepa"]

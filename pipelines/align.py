@@ -171,7 +171,8 @@ def _prepare(config: AlignConfig, reporter: Reporter) -> dict[str, Any]:
     if config.init:
         checkpoint = run_folder.require_checkpoint(config.init)
         trained = {stem: _exported(checkpoint, stem) for stem in (PROJECTOR, LANGUAGE, ENCODER)}
-        causal_model.inherit(config.language_model, config.init, trained[LANGUAGE], run_dir)
+        language = {name.removeprefix("model."): tensor for name, tensor in trained[LANGUAGE].items()}  # of Language's only child
+        causal_model.inherit(config.language_model, config.init, language, run_dir)
         model_folder.save_tensors(storage.join(run_dir, PROJECTOR_FILE), trained[PROJECTOR])
         if trained[ENCODER]:
             encoder.load_state_dict(trained[ENCODER])

@@ -105,8 +105,6 @@ RUN_SCHEMA = pa.schema(
         ("report", pa.string()),  # JSON: counts by reason, codec, resolution, fps, duration; see ingest_report.py
     ]
 )
-RUN_COLUMNS = ("run", "status_run")
-"""Columns that tell who wrote a row, not what is in it: two runs over equal bytes differ in these alone."""
 
 
 class CatalogRef(NamedTuple):

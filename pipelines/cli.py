@@ -5,15 +5,23 @@ Verbs are imported when they run, never for --help or for a mistake in the confi
 
 import importlib
 import json
+import os
+import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+import yaml
+
 from pipelines import presets, redact
 from pipelines.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, JepaError, UsageError
 from pipelines.progress import Reporter
 from pipelines.verbs import VERBS, Verb
+
+KEY = re.compile(r"[A-Za-z_][\w.]*=")
+"""How key=value begins; a path or a question may hold = further on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(reporter, str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail(reporter, "interrupted: the same command continues where a checkpoint was committed", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        return EXIT_OK
+    except BrokenPipeError:  # whoever read our output has gone: what we did was not followed to its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+        return 128 + signal.SIGPIPE
     finally:
         reporter.stop()
 
@@ -104,13 +113,21 @@ def overrides(verb: Verb, arguments: Sequence[str]) -> list[str]:
             if not words:
                 raise UsageError(f"{word} needs a value: write {word} VALUE")
             settings.append(f"{flags[flag]}={words.pop(0)}")
-        elif places and "=" not in word.split("/", 1)[0]:  # a path may hold = further down
-            settings.append(f"{places.pop(0)}={word}")
+        elif places and not KEY.match(word):
+            settings.append(f"{places.pop(0)}={_as_yaml(word)}")
         elif verb.trailing and "=" not in word:
             return [*settings, f"{verb.trailing}={json.dumps([word, *words])}"]
         else:
             settings.append(word)
     return settings
+
+
+def _as_yaml(word: str) -> str:
+    """A word that means itself, whatever YAML would make of it: a question may hold colons and quotes."""
+    try:
+        return word if yaml.safe_load(word) == word else json.dumps(word, ensure_ascii=False)
+    except yaml.YAMLError:
+        return json.dumps(word, ensure_ascii=False)
 
 
 def _is_switch(options: type, name: str) -> bool:

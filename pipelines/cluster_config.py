@@ -38,6 +38,12 @@ class PodConfig:
     """Kueue's local queue; unset leaves the job to the scheduler."""
     env_secret: str | None = None
     """Secret with further environment variables of the pods: credentials of the object store, trackers' keys."""
+    service_account: str = "default"
+    """Of the job's pods, whose role reaches the object store: jepa-run or jepa-ingest of infra/kubernetes/base."""
+    pools: bool = False
+    """Run on the nodes that are labelled and tainted jepa-pool, as the overlays do; false takes any untainted node."""
+    wait_s: int = 0
+    """Seconds after which a job that still waits for its nodes is ended; 0 never."""
     deadline_s: int = 0
     """Seconds after which KubeRay ends the job; 0 never."""
 

@@ -179,7 +179,14 @@ def run(config: PostTrainConfig, reporter: Reporter) -> dict[str, Any]:
                      run=replace(config.run, dir=run_dir), train=run_folder.resolved(config.train, run_dir))  # fmt: skip
     check_trackers(config.train.trackers, run_dir)
     source = _checked_source(config)
+    from pipelines import trajectories
+
+    before = run_folder.read_config(run_dir) if run_folder.is_run(run_dir) else None
     start = run_folder.begin(config.run, config)
+    if start == 0 and before != run_folder.as_tree(config):
+        storage.delete([storage.join(run_dir, trajectories.INDEX)])  # the episodes of a start with other options
+    if start < config.train.end:
+        storage.delete([storage.join(run_dir, run_folder.RESULT)])  # of fewer steps
     with ray_session.session(config.ray):
         if start == 0:
             freeze_encoder(*pretrain.load_encoder(config.encoder), config.run.dir)

@@ -153,6 +153,8 @@ class TrainLog:
             "save_s": saver.seconds,
             "checkpoint_failures": saver.failures,
         }
+        if saver.untidy:
+            line["checkpoints_kept"] = saver.untidy
         if saver.error:
             line["checkpoint_error"] = str(saver.error)
         if PROBE_SECONDS in line:

@@ -132,6 +132,8 @@ class Saver:
         self.failures = 0
         """Checkpoints that could not be written since the last one that could."""
         self.error: JepaError | None = None
+        self.untidy: str | None = None
+        """Why old checkpoints stay, if they do."""
         self.seconds = 0.0
         """What the last checkpoint took."""
         self.blocked_s = 0.0
@@ -182,13 +184,22 @@ class Saver:
                 merged = {name: entry for part in told for name, entry in part.items()}
                 record = {"step": step, **self.facts, "progress": {**progress, "save_s": seconds}, "files": merged}
                 run_folder.commit(uri, record)
-                run_folder.prune_checkpoints(self.run_dir, self.keep, sound_step(progress["guard"]))
             self.committed, self.failures, self.error, self.seconds = step, 0, None, time.monotonic() - began
+            if self.rank == 0:
+                self._tidy(progress)
         except Exception as error:  # noqa: BLE001, whatever it was, training must not die of it
             self.failures += 1
             self.error = Retryable(f"the checkpoint of step {step} was not written to {uri}: {_reason(error)}")
         finally:
             shutil.rmtree(local, ignore_errors=True)
+
+    def _tidy(self, progress: dict[str, Any]) -> None:
+        """Delete old checkpoints. What cannot be deleted stays, and is told; the new one stands all the same."""
+        try:
+            run_folder.prune_checkpoints(self.run_dir, self.keep, sound_step(progress["guard"]))
+            self.untidy = None
+        except JepaError as error:
+            self.untidy = f"old checkpoints of {self.run_dir} were not deleted: {_reason(error)}"
 
     def _write(
         self, tensors: dict[str, Any], weights: dict[str, dict[str, Tensor]], local: Path, uri: str,

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+import timm  # noqa: F401 - what torch imports with it crashes the process once headless_gl has loaded Mesa, in whatever file
 
 S3_ENDPOINT = "JEPA_TEST_S3_ENDPOINT"
 """Names an S3 server to test against instead of moto's; credentials by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."""

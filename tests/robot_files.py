@@ -13,6 +13,12 @@ from conftest import encode
 from PIL import Image
 from tensorboardX.record_writer import masked_crc32c
 
+from pipelines import trajectories_layouts
+from pipelines.robot.recording import Reading
+from pipelines.trajectories_config import MappingConfig
+from pipelines.trajectories_rows import rows_of
+from pipelines.trajectories_schema import TRAJECTORY_SCHEMA
+
 SERIALS = {"wrist": "13062452", "ext1": "20103212", "ext2": "23404442"}
 OBSERVATION = "steps/observation/"
 CAMERAS = {"wrist": "wrist_image_left", "exterior_1": "exterior_image_1_left", "exterior_2": "exterior_image_2_left"}
@@ -200,3 +206,19 @@ def write_lerobot(root: Path, columns: list[dict[str, np.ndarray]], cameras: dic
     pq.write_table(pa.concat_tables(tables), root / "data/chunk-000/file-000.parquet")
     pq.write_table(pa.Table.from_pylist(episodes), root / "meta/episodes/chunk-000/file-000.parquet")
     return root
+
+
+def read_rows(root, layout="auto", time_base="physical", mapping=None) -> pa.Table:
+    """All rows below a folder, without Ray."""
+    root = str(root)
+    found = trajectories_layouts.detect(root, layout)
+    reading = Reading(time_base, mapping or MappingConfig(), 15.0)
+    rows = []
+    for item in trajectories_layouts.items(root, found, reading):
+        rows += rows_of(item, trajectories_layouts.READERS[found](item, reading), found, time_base)
+    return pa.Table.from_pylist(rows, TRAJECTORY_SCHEMA).sort_by([("uri", "ascending"), ("camera", "ascending")])
+
+
+def states_of(row) -> np.ndarray:
+    """float64 [F, 7] of a row."""
+    return np.array(row["states"]).reshape(-1, 7)

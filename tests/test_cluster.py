@@ -213,7 +213,8 @@ def test_a_window_fired_twice_ingests_once(head, corpus, tmp_path):
     assert len(made) == 1
     ref = catalog.parse_ref(f"{tmp_path}/cat")
     assert len(catalog.read_videos(ref)) == 3
-    assert catalog.read(ref, "runs")["run"].to_pylist() == [made[0].partition(command[0] + "-")[2].partition("-")[2]]
+    digest, _, window = made[0].removeprefix("jepa-ingest-").partition("-")
+    assert catalog.read(ref, "runs")["run"].to_pylist() == [f"{window}-{digest[:6]}"]
 
 
 def log_until(process: subprocess.Popen, words: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Configuration: mistakes are named in one sentence, presets hold, nothing heavy is imported for it."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -157,8 +158,15 @@ def written_commands() -> list[str]:
 
 @pytest.mark.parametrize("command", written_commands())
 def test_written_commands_are_valid(command):
-    verb, arguments = split_verb(command.split()[1:])
+    verb, arguments = split_verb(shlex.split(command)[1:])
     presets.load(VERBS[verb].options, verb, overrides(VERBS[verb], arguments))
+
+
+@pytest.mark.parametrize("question", ['Is it: "a", {b} or [c], = 5?', "12", "no", "Which way?"])
+def test_a_word_without_a_key_means_itself(question):
+    verb = VERBS["ask"]
+    config = presets.load(verb.options, "ask", overrides(verb, ["run", "a/b=c.mp4", question, "blind=true"]))
+    assert (config.video, config.question, config.blind) == ("a/b=c.mp4", question, True)
 
 
 def test_every_preset_says_paper_expectation_and_command():

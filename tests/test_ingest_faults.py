@@ -4,6 +4,7 @@ import time
 
 import pytest
 from conftest import encode, events, jepa, make_corpus, make_frames
+from harness import slow
 from s3_faults import KINDS, SeparateS3
 
 pytestmark = [pytest.mark.ray, pytest.mark.ingest, pytest.mark.s3]
@@ -36,7 +37,7 @@ def content(server: SeparateS3, uri: str, monkeypatch) -> dict:
     return test_ingest.content(uri)
 
 
-@pytest.mark.parametrize("validate", ["sample", "full"])
+@pytest.mark.parametrize("validate", ["sample", pytest.param("full", marks=[slow, pytest.mark.chaos])])
 def test_the_catalog_of_a_failing_store_is_that_of_a_sound_one(server, monkeypatch, validate):
     server.set(rate=0.0)
     sound = ingest(server, f"{CLEAN}-{validate}", f"validate={validate}")

@@ -87,12 +87,12 @@ def test_a_job_is_right_and_reaches_its_cluster_by_token(schemas):
 def test_a_job_of_the_submit_verb_is_right_with_few_words(schemas):
     pods = SimpleNamespace(
         image="registry/jepa@sha256:0", namespace="default", token_secret="t", gpu_workers=2, decode_workers=1, queue=None,
-        env_secret="keys", deadline_s=3600,
+        env_secret="keys", deadline_s=3600, wait_s=60, service_account="default", pools=False,
     )  # fmt: skip
     document = manifests.rayjob("jepa-pretrain-0123456789", "jepa pretrain", pods)
     assert told(document, schemas) == []
     spec = document["spec"]
-    assert spec["activeDeadlineSeconds"] == 3600
+    assert (spec["activeDeadlineSeconds"], spec["preRunningDeadlineSeconds"]) == (3600, 60)
     assert spec["jobId"] == document["metadata"]["name"]
     groups = {group["groupName"]: group for group in spec["rayClusterSpec"]["workerGroupSpecs"]}
     assert [(groups[name]["minReplicas"], groups[name]["maxReplicas"]) for name in ("decode", "train")] == [(1, 1), (2, 2)]
@@ -100,6 +100,12 @@ def test_a_job_of_the_submit_verb_is_right_with_few_words(schemas):
     container = groups["train"]["template"]["spec"]["containers"][0]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert container["envFrom"] == [{"secretRef": {"name": "keys"}}]
+    assert container["env"][-2:] == [{"name": "TMPDIR", "value": "/spill"}, {"name": "RAY_TMPDIR", "value": "/tmp"}]
+    assert "tolerations" not in groups["decode"]["template"]["spec"]
+    pods.pools, pods.service_account = True, "jepa-run"
+    (decode, _) = manifests.rayjob("a", "b", pods)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert decode["template"]["spec"]["serviceAccountName"] == "jepa-run"
+    assert {item["key"] for item in decode["template"]["spec"]["tolerations"]} == {"jepa-pool", "jepa-spot"}
     pods.gpu_workers = 0
     assert len(manifests.rayjob("a", "b", pods)["spec"]["rayClusterSpec"]["workerGroupSpecs"]) == 1
 

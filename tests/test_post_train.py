@@ -220,6 +220,20 @@ def world_run(folder: Path, root: str, encoder: str, index, *words: str) -> tupl
     return config, losses
 
 
+def test_what_an_earlier_start_left_is_not_taken_for_this_ones(alone, root, encoder, index, reporter, tmp_path, monkeypatch):
+    """Options may change until the first checkpoint, the number of steps for ever."""
+    seen = []
+    monkeypatch.setattr(post_train, "_fit", lambda config, *_: seen.append(trajectories.load_index(config.run.dir)))
+    horizon = {"rollout": {name: [0.5] for name in ("model", "copy_last", "shuffled_actions")}}
+    monkeypatch.setattr(post_train, "measure_rollout", lambda config: horizon["rollout"])
+    for fps in ("fps=5", "fps=5", "fps=2"):
+        post_train.run(options_of(tmp_path, root, encoder, fps), reporter)
+        trajectories.save_index(index, str(tmp_path))
+    assert [found is None for found in seen] == [True, False, True]
+    run_folder.write_json(str(tmp_path), run_folder.RESULT, {"rollout": {**horizon["rollout"], "model": [9.0]}})
+    assert post_train.run(options_of(tmp_path, root, encoder, "fps=2"), reporter)["rollout_model"] == 0.5
+
+
 def trained(folder: Path, root: str, encoder: str, reporter, *words: str) -> list[dict]:
     """Metrics of a whole run of a few steps in `folder`."""
     post_train.run(options_of(folder, root, encoder, *words), reporter)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from harness import slow
 
 from jepa_core.config import ClipConfig, EncoderConfig, MaskConfig, PretrainModelConfig
 from pipelines import run_folder, sweep_figures, sweep_report, sweep_space, sweep_table, sweep_trial
@@ -387,6 +388,8 @@ def test_failures_are_rows_halving_stops_and_the_winner_is_a_preset(catalog_uri,
     assert json.loads(Path(f"{tmp_path}/out/result.json").read_text()) == run_folder.read_json(str(folder), run_folder.RESULT)
 
 
+@slow
+@pytest.mark.chaos
 @pytest.mark.ray
 def test_trials_can_be_ray_train_runs_and_leave_no_placement_group(catalog_uri, ray_session, reporter, tmp_path):
     from ray.util import placement_group_table

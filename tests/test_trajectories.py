@@ -12,15 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 import robot_files as files
 import torch
+from robot_files import read_rows as read
+from robot_files import states_of
 from scipy.spatial.transform import Rotation
 from tensorboardX.crc32c import crc32c as crc32c_in_python
 
 from jepa_core.poses import deltas as torch_deltas
-from pipelines import storage, trajectories, trajectories_layouts
+from pipelines import storage, trajectories
 from pipelines.errors import InputRefused, UsageError
 from pipelines.robot import mapping as mapping_module
 from pipelines.robot.crc32c import crc32c
-from pipelines.robot.recording import Reading
 from pipelines.robot.refusals import REASONS, EpisodeRefused
 from pipelines.robot.tfrecord import example, records
 from pipelines.trajectories_config import (
@@ -31,30 +32,13 @@ from pipelines.trajectories_config import (
     RotationConfig,
     TrajectoriesConfig,
 )
-from pipelines.trajectories_rows import rows_of
-from pipelines.trajectories_schema import TRAJECTORY_SCHEMA
 from pipelines.video import VideoRefused
 
 pytestmark = pytest.mark.robot
 
 
-def read(root, layout="auto", time_base="physical", mapping=None) -> pa.Table:
-    """All rows below a folder, without Ray."""
-    root = str(root)
-    found = trajectories_layouts.detect(root, layout)
-    reading = Reading(time_base, mapping or MappingConfig(), 15.0)
-    rows = []
-    for item in trajectories_layouts.items(root, found, reading):
-        rows += rows_of(item, trajectories_layouts.READERS[found](item, reading), found, time_base)
-    return pa.Table.from_pylist(rows, TRAJECTORY_SCHEMA).sort_by([("uri", "ascending"), ("camera", "ascending")])
-
-
 def reasons(table) -> dict[str, str]:
     return {row["camera"]: row["reason"] for row in table.to_pylist() if row["reason"]}
-
-
-def states_of(row) -> np.ndarray:
-    return np.array(row["states"]).reshape(-1, 7)
 
 
 # DROID raw
@@ -129,6 +113,7 @@ DEGREES = np.array([1, 1, 1, *[180 / np.pi] * 3])
 DROID_DAMAGE = {
     "two metadata files": (lambda f: (f / "metadata_b.json").write_text("{}"), {"": "missing_metadata"}),
     "no metadata": (lambda f: next(f.glob("metadata_*")).unlink(), {"": "missing_metadata"}),
+    "metadata that is cut": (lambda f: next(f.glob("metadata_*")).write_text('{"uuid": '), {"": "missing_metadata"}),
     "no right video": (
         lambda f: (f / f"recordings/MP4/{files.SERIALS['ext2']}.mp4").unlink(),
         {"right": "missing_camera"},

@@ -53,11 +53,15 @@ resource "aws_s3_bucket_server_side_encryption_configuration" "runs" {
 
 # Checkpoints are replaced all the time: versions of what was deleted, and uploads that a kill has cut, do not stay.
 resource "aws_s3_bucket_lifecycle_configuration" "runs" {
-  bucket = aws_s3_bucket.runs.id
+  bucket     = aws_s3_bucket.runs.id
+  depends_on = [aws_s3_bucket_versioning.runs]
   rule {
     id     = "leftovers"
     status = "Enabled"
     filter {}
+    expiration {
+      expired_object_delete_marker = true
+    }
     abort_incomplete_multipart_upload {
       days_after_initiation = 2
     }
@@ -68,8 +72,9 @@ resource "aws_s3_bucket_lifecycle_configuration" "runs" {
 }
 
 resource "aws_s3_bucket_policy" "runs" {
-  bucket = aws_s3_bucket.runs.id
-  policy = templatefile("${path.module}/policies/bucket.json.tftpl", { bucket = var.runs_bucket })
+  bucket     = aws_s3_bucket.runs.id
+  depends_on = [aws_s3_bucket_public_access_block.runs]
+  policy     = templatefile("${path.module}/policies/bucket.json.tftpl", { bucket = var.runs_bucket })
 }
 
 resource "aws_iam_role" "verb" {

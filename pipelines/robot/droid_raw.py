@@ -18,14 +18,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import av
 import h5py
 import numpy as np
 
 from pipelines import storage
 from pipelines.errors import UsageError
 from pipelines.robot import mapping
-from pipelines.robot.recording import MAX_LENGTH_DIFFERENCE
 from pipelines.robot.refusals import EpisodeRefused as EpisodeRefused
 from pipelines.trajectories_config import MappingConfig
 from pipelines.video import encode_video
@@ -42,7 +40,6 @@ OBJECTS = "simulation/object_position"
 """Group of trajectory.h5 beside the release's own, which readers of DROID do not look into."""
 
 ROLES: tuple[str, ...] = ("wrist", "ext1", "ext2")
-TIME_BASES: tuple[str, ...] = ("physical", "header")
 # Largest step of one 15 Hz tick in the release's normalised velocity actions: metres, rad, gripper closedness.
 MAX_TICK_ACTION = np.array([0.075] * 3 + [0.15] * 3 + [0.25])
 
@@ -106,22 +103,6 @@ class Episode:
         return f"{outcome}/{self.date}/{self.started.ctime().replace(' ', '_')}"
 
 
-@dataclass(frozen=True)
-class Trajectory:
-    """What training needs of one stored episode, for one camera; T = ``num_frames``."""
-
-    uri: str
-    uuid: str
-    success: bool | None
-    serial: str
-    video_uri: str
-    states: np.ndarray
-    """Float64 [T, 7]: xyz (m), extrinsic xyz Euler (rad), gripper closedness; base frame."""
-    frame_times: np.ndarray
-    """Float64 [T]: seconds since the first frame."""
-    num_frames: int
-
-
 def write_episode(root: str, episode: Episode, *, header_fps: float | None = None) -> str:
     """Store ``episode`` below ``root`` (local path or s3://) and return the URI of its folder.
 
@@ -140,46 +121,6 @@ def write_episode(root: str, episode: Episode, *, header_fps: float | None = Non
         _write_trajectory(trajectory, episode)
         storage.upload(trajectory, storage.join(uri, TRAJECTORY_FILE))
     return uri
-
-
-def list_episodes(root: str) -> list[str]:
-    """URIs of the folders below ``root`` that hold a trajectory.h5, sorted."""
-    files = (info.uri for info in storage.list_files(root, (".h5",)))
-    return sorted(name.rpartition("/")[0] for name in files if name.rpartition("/")[2] == TRAJECTORY_FILE)
-
-
-def read_episode(uri: str, camera: str = "left_mp4_path", time_base: str = "physical") -> Trajectory:
-    """Read states and frame times of one episode folder; frames are decoded elsewhere, from ``video_uri``.
-
-    ``camera`` is the metadata key of a video path. ``time_base="physical"`` takes the recorded arrival times,
-    ``"header"`` index / container fps, which reproduces the public V-JEPA 2-AC recipe and its mistake.
-
-    Raises EpisodeRefused when the data is damaged, UsageError when ``time_base`` is unknown.
-    """
-    if time_base not in TIME_BASES:
-        raise UsageError(f"time_base must be one of {', '.join(TIME_BASES)}, got {time_base!r}")
-    files = [info.uri for info in storage.list_files(uri)]
-    metadata = read_metadata(uri, files)
-    video_uri = find_video(uri, files, metadata.get(camera), camera)
-    serial = serial_of(video_uri)
-    states, arrivals = read_steps(uri, files)
-    num_video_frames, fps = _probe_video(video_uri)
-    if abs(len(states) - num_video_frames) > MAX_LENGTH_DIFFERENCE:
-        raise EpisodeRefused("length_mismatch", f"{len(states)} trajectory rows, {num_video_frames} video frames")
-    num_frames = min(len(states), num_video_frames)
-    frame_times = np.arange(num_frames) / fps
-    if time_base == "physical":
-        frame_times = _physical_times(arrivals.get(serial), serial, num_frames)
-    return Trajectory(
-        uri=uri,
-        uuid=str(metadata.get("uuid", "")),
-        success=outcome(uri, metadata),
-        serial=serial,
-        video_uri=video_uri,
-        states=states[:num_frames],
-        frame_times=frame_times,
-        num_frames=num_frames,
-    )
 
 
 def read_objects(uri: str) -> dict[str, np.ndarray]:
@@ -357,26 +298,3 @@ def read_steps(uri: str, files: list[str], declared: MappingConfig | None = None
     except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise EpisodeRefused("unreadable_h5", f"{path}: {error}") from error
     return states, arrivals
-
-
-def _physical_times(arrivals_ms: np.ndarray | None, serial: str, num_frames: int) -> np.ndarray:
-    if arrivals_ms is None or arrivals_ms.ndim != 1 or len(arrivals_ms) < num_frames:
-        raise EpisodeRefused("bad_time_base", f"no {serial}_frame_received for each of {num_frames} frames")
-    arrivals_ms = arrivals_ms[:num_frames]
-    if not np.isfinite(arrivals_ms).all() or not (np.diff(arrivals_ms) > 0).all():
-        raise EpisodeRefused("bad_time_base", f"{serial}_frame_received does not increase from frame to frame")
-    return (arrivals_ms - arrivals_ms[0]) / 1000.0
-
-
-def _probe_video(uri: str) -> tuple[int, float]:
-    """Frames in the MP4, counted by demuxing, and the frames per second its header claims."""
-    try:
-        with av.open(io.BytesIO(storage.read_bytes(uri)), "r") as container:
-            stream = container.streams.video[0]
-            fps = float(stream.average_rate or stream.base_rate or 0)
-            num_frames = sum(1 for packet in container.demux(stream) if packet.size)
-    except (av.FFmpegError, IndexError, ValueError) as error:
-        raise EpisodeRefused("unreadable_video", f"{uri}: {error}") from error
-    if num_frames == 0 or fps <= 0:
-        raise EpisodeRefused("unreadable_video", f"{uri}: {num_frames} frames at {fps} per second")
-    return num_frames, fps

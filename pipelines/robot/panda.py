@@ -273,16 +273,6 @@ class PandaEnv:
         return float(np.clip(1.0 - width / (2 * _MAX_FINGER_M), 0.0, 1.0))
 
 
-def goal_observation(env: PandaEnv, seed: int, xyz: ArrayLike) -> np.ndarray:
-    """Image goal, uint8 [H, W, 3]: the objects of ``seed`` and the tool at ``xyz`` (metres). ``env`` is unchanged."""
-    before = env.snapshot()
-    try:
-        env.reset(seed, np.asarray(xyz, np.float64))
-        return env.render()
-    finally:
-        env.restore(before)
-
-
 def _pose_vector(xyz: np.ndarray, rotation: Rotation, gripper: float) -> np.ndarray:
     return np.concatenate([xyz, rotation.as_euler("xyz"), [gripper]])
 

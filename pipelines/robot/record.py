@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pipelines.errors import UsageError
+from pipelines.errors import UsageError, unwrapping
 from pipelines.robot import tasks
 from pipelines.robot.droid_raw import Episode, write_episode
 from pipelines.robot.panda import CONTACT_WORKSPACE, WORKSPACE, PandaEnv, SimConfig
@@ -20,7 +20,7 @@ SERIALS: dict[str, str] = {"left": "20000001", "right": "20000002", "wrist": "10
 ROLES: dict[str, str] = {"left": "ext1", "right": "ext2", "wrist": "wrist"}
 
 MAX_SPEED = 0.45
-"""Metres per second: 9 cm in one 5 Hz planning step; a planner searches up to 7.5 cm per axis."""
+"""Metres per second: 11 cm in one 4 Hz planning step; a planner searches up to 7.5 cm per axis."""
 MAX_YAW_RATE = 0.4
 MAX_YAW = 0.3
 GRIPPER_STEP = 0.25
@@ -157,15 +157,11 @@ def record(
     uris: dict[int, str] = {}
     try:
         tasks = [(index, seed * _EPISODES_PER_SEED + index) for index in range(episodes)]
-        for index, uri in ActorPool(actors).map_unordered(lambda actor, task: actor.record.remote(*task), tasks):
-            uris[index] = uri
-            if on_episode is not None:
-                on_episode(uri)
-    except ray.exceptions.RayTaskError as error:
-        # A worker's one-sentence error must reach the user as it is, not inside Ray's traceback.
-        if isinstance(error.cause, UsageError):
-            raise error.cause from None
-        raise
+        with unwrapping("recording stopped ({}); the same command records again"):
+            for index, uri in ActorPool(actors).map_unordered(lambda actor, task: actor.record.remote(*task), tasks):
+                uris[index] = uri
+                if on_episode is not None:
+                    on_episode(uri)
     finally:
         for actor in actors:
             ray.kill(actor)

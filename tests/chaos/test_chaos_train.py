@@ -243,7 +243,8 @@ def test_a_rank_that_is_ten_times_slower_is_named(undisturbed, catalog_uri, repo
     with faulty(monkeypatch, slow_rank_1):
         _run_until(settings(catalog_uri, run_dir, f"train.steps={STEPS}", *TWO), 6, reporter)
     lines = run_folder.read_parts(str(run_dir), run_folder.METRICS)
-    assert all(line["slowest_rank"] == 1 and line["skew"] > 1.5 for line in lines[1:])
+    assert all(line["slowest_rank"] == 1 for line in lines[1:])
+    assert sorted(line["skew"] for line in lines[1:])[len(lines[1:]) // 2] > 5, "the other rank may wait for a processor once"
     numbers = trace(run_dir, ("step", "loss", "grad_norm"))
     assert numbers == trace(undisturbed, ("step", "loss", "grad_norm"))[: len(numbers)]
 
