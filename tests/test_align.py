@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 import torch
 from conftest import encode, make_frames
 from PIL import Image
@@ -15,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from jepa_core.config import ClipConfig, EncoderConfig, ProjectorConfig
 from jepa_core.encoder import VisionTransformer
+from jepa_core.optimization import make_optimizer
 from jepa_core.positions import Grid
 from jepa_core.projector import Projector, pooled, visual_tokens
 from jepa_core.weights import ENCODER, ModelConfig
@@ -27,7 +29,6 @@ from pipelines import (
     causal_model,
     chat,
     conversations,
-    ingest,
     language_model,
     model_folder,
     post_train,
@@ -37,12 +38,13 @@ from pipelines import (
     units,
 )
 from pipelines.align_config import AlignConfig
-from pipelines.catalog_schema import CatalogRef
+from pipelines.catalog_schema import VIDEO_SCHEMA, VIDEOS, CatalogRef, item_id
 from pipelines.chat import IGNORED, TEXT, Chat
 from pipelines.errors import InputRefused, UsageError
-from pipelines.ingest_config import IngestConfig
+from pipelines.ingest_tasks import Job, probe_items
 from pipelines.language_model import Prompt, load_video_language_model
 from pipelines.presets import load
+from pipelines.train_state import Saver, TrainState
 
 pytestmark = pytest.mark.vidqa
 SMALL = EncoderConfig(dim=24, depth=1, heads=2, patch_size=8)
@@ -107,12 +109,12 @@ def test_the_projector_pools_boxes_of_the_grid_or_by_queries():
 # Conversations
 
 
-VIDEOS = [("v1", "/data/clips/one.mp4"), ("v2", "/data/clips/two.mp4"), ("i1", "/data/pictures/cat.png")]
+KNOWN = [("v1", "/data/clips/one.mp4"), ("v2", "/data/clips/two.mp4"), ("i1", "/data/pictures/cat.png")]
 
 
 @pytest.fixture
 def videos(monkeypatch):
-    rows = [{"id": key, "uri": uri, "member": "", "digest": key, "content_digest": key} for key, uri in VIDEOS]
+    rows = [{"id": key, "uri": uri, "member": "", "digest": key, "content_digest": key} for key, uri in KNOWN]
     monkeypatch.setattr(catalog, "read_videos", lambda ref, columns: pa.Table.from_pylist(rows))
 
 
@@ -338,18 +340,26 @@ def encoder(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def media(tmp_path_factory, ray_session, reporter) -> str:
-    """A catalog of three videos and a picture."""
+def media(tmp_path_factory) -> str:
+    """A catalog of three videos and a picture, by the task of an ingest in this process."""
     root = tmp_path_factory.mktemp("media")
-    for folder in ("videos", "pictures"):
-        (root / folder).mkdir()
     for index in range(3):
-        (root / "videos" / f"v{index}.mp4").write_bytes(encode(make_frames(12, 32, 32, seed=index)))
-    Image.fromarray(make_frames(1, 32, 32, seed=7)[0]).save(root / "pictures" / "p.png")
-    uri = str(root / "catalog")
-    ingest.run(IngestConfig(source=str(root / "videos"), catalog=uri), reporter)
-    ingest.run(IngestConfig(source=str(root / "pictures"), catalog=uri, kind="images"), reporter)
-    return uri
+        (root / f"v{index}.mp4").write_bytes(encode(make_frames(12, 32, 32, seed=index)))
+    Image.fromarray(make_frames(1, 32, 32, seed=7)[0]).save(root / "p.png")
+    ref, items = CatalogRef(str(root / "catalog"), None), []
+    for info in storage.list_files(str(root), (".mp4", ".png")):
+        place = {"uri": info.uri, "member": "", "offset": 0, "size": info.size, "etag": info.etag}
+        items.append({"id": item_id(*place.values()), **place, "label": None, "cuts": None})
+    rows = probe_items(pa.Table.from_pylist(items), Job(ref.uri, str(root), "one", "none"))
+    assert rows["reason"].null_count == 4, rows["detail"]
+    catalog.Writer(ref, "one").append(VIDEOS, rows.select(VIDEO_SCHEMA.names).cast(VIDEO_SCHEMA))
+    return ref.uri
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Tables stay in this process."""
+    monkeypatch.setattr(ray, "put", lambda value: value)
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +392,9 @@ def trained(reporter, *arguments: str) -> list[dict]:
 
 @pytest.mark.ray
 @pytest.mark.timeout(120)
-def test_a_llama_folder_with_adapters_end_to_end_and_resumed_to_the_bit(encoder, media, lists, llama, reporter, tmp_path):
+def test_a_llama_folder_with_adapters_end_to_end_and_resumed_to_the_bit(
+    encoder, media, lists, llama, ray_session, reporter, tmp_path
+):
     words = [f"language_model.source={llama}", "language_model.lora={rank: 4, dropout: 0.2}", "conversations.b.weight=0.5",
              f"conversations.b.uri={lists}", "language_model.gradient_checkpointing=true"]  # fmt: skip
     straight = trained(reporter, tmp_path / "straight", encoder, media, lists, *words)
@@ -422,9 +434,7 @@ def test_a_llama_folder_with_adapters_end_to_end_and_resumed_to_the_bit(encoder,
     Path(llama, "more.txt").unlink()
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(120)
-def test_stages_and_a_trained_encoder(encoder, media, lists, reporter, tmp_path, words):
+def test_stages_and_a_trained_encoder(encoder, media, lists, reporter, alone, tmp_path):
     """Without the loop: what each stage holds, takes over and leaves."""
     first = prepared(tmp_path / "one", encoder, media, lists, reporter, "train_parts=projector", "features=online")
     task = stepped(first)
@@ -467,11 +477,15 @@ def prepared(folder: Path, encoder: str, media: str, lists: str, reporter, *word
     return config
 
 
-def stepped(config: AlignConfig) -> align.AlignTask:
-    """The task after a step on two units, and a checkpoint of its exports."""
+def data_of(config: AlignConfig) -> align_data.AlignData:
     source = post_train.frozen_config(config.run.dir)
     clip = config.clip_of(source.clip)
-    data = align_prepare.open_data(config, clip, source.model.encoder, align._budgets(config, clip, source))
+    return align_prepare.open_data(config, clip, source.model.encoder, align._budgets(config, clip, source))
+
+
+def stepped(config: AlignConfig) -> align.AlignTask:
+    """The task after a step on two units, and a checkpoint of its exports."""
+    data = data_of(config)
     task = align.AlignTask(config, torch.device("cpu"))
     if config.init:
         task.begin(None)
@@ -496,18 +510,49 @@ def stepped(config: AlignConfig) -> align.AlignTask:
     answerer.model.eval()
     with torch.no_grad():
         expected = task.module.eval()(rows, media, count, False)[0]
-        media = tuple(answerer.encoder(one, grid) if one.dtype == torch.uint8 else one
-                      for one, grid in zip(media, answerer.model.grids, strict=True))  # fmt: skip
+        if config.train_parts == "all":
+            media = tuple(answerer.encoder(one, grid) for one, grid in zip(media, answerer.model.grids, strict=True))
         torch.testing.assert_close(answerer.model(rows, media, count, False)[0], expected, atol=1e-5, rtol=0)
     return task
 
 
-@pytest.mark.ray
-def test_a_medium_that_fails_is_recorded_and_replaced(encoder, media, lists, reporter, tmp_path):
+@pytest.mark.parametrize("words", [["language_model.lora={rank: 4, dropout: 0.2}"], ["train_parts=all"]], ids=["lora", "all"])
+def test_a_checkpoint_resumes_to_the_bit(encoder, media, lists, llama, reporter, alone, tmp_path, words):
+    source = [] if "train_parts=all" in words else [f"language_model.source={llama}"]
+    config = prepared(tmp_path / "r", encoder, media, lists, reporter, "features=online", *words, *source)
+    data = data_of(config)
+
+    def started() -> tuple[align.AlignTask, TrainState]:
+        torch.manual_seed(config.seed)
+        task = align.AlignTask(config, torch.device("cpu"))
+        return task, TrainState(task.module, make_optimizer([task.module], config.optim), frozen=task.saves_frozen)
+
+    def step(task: align.AlignTask, state: TrainState, number: int) -> float:
+        loss, _ = task.module(*task.tensors(units.unit_of(align_data.unit(number, number, {}, data))))
+        loss.backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.progress.step += 1
+        return loss.item()
+
+    task, state = started()
+    first = [step(task, state, number) for number in range(2)]
+    saver = Saver(config.run.dir, 2, {}, "a", None)
+    saver.begin(state, task.exports, lambda: None)
+    saver.finish()
+    assert saver.error is None
+    straight = [step(task, state, number) for number in range(2, 4)]
+    resumed, again = started()
+    again.load(run_folder.require_checkpoint(config.run.dir))
+    assert [step(resumed, again, number) for number in range(2, 4)] == straight
+    assert first[0] != straight[0]
+    for (name, one), two in zip(task.module.named_parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_a_medium_that_fails_is_recorded_and_replaced(encoder, media, lists, reporter, alone, tmp_path):
     config = prepared(tmp_path / "r", encoder, media, lists, reporter, "features=online")
-    source = post_train.frozen_config(config.run.dir)
-    clip = config.clip_of(source.clip)
-    data = align_prepare.open_data(config, clip, source.model.encoder, align._budgets(config, clip, source))
+    data = data_of(config)
     shown = units.unit_of(align_data.unit(0, 0, {}, data))
     table = align_data._table(data.media)
     wrong = [[pts + 1 for pts in row] if kind == "image" else row
