@@ -55,7 +55,7 @@ def render(config: ScheduleConfig) -> dict[str, Any]:
 def _submit(config: ScheduleConfig) -> SubmitConfig:
     """What the pod will submit, if the window of now were its own."""
     window = f"{config.every}@{config.at}"
-    return SubmitConfig(config.command, config.target, config.address, window, retries=config.retries, pod=config.pod)
+    return SubmitConfig(config.command, config.target, config.address, window, pod=config.pod)
 
 
 def _words(config: ScheduleConfig) -> list[str]:

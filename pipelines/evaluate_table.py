@@ -89,8 +89,8 @@ def confusion(labels: Sequence[int], predicted: Sequence[int], classes: int) -> 
     return counts
 
 
-def bars(result: Mapping[str, Any], what: str, chance: float | None) -> bytes:
-    """PNG: accuracy of every arm by probe with its interval, beside the share that guessing gets."""
+def bars(result: Mapping[str, Any], what: str, chance: float | Mapping[str, float | None] | None) -> bytes:
+    """PNG: accuracy of every arm by probe with its interval, beside the share that guessing gets: of all probes, or by probe."""
     columns, rows = accuracy_table(result)
     probes, arms = columns[1:], [row[0] for row in rows]
     cells = {(line["arm"], line["probe"]): line for line in result["arms"]}
@@ -104,8 +104,12 @@ def bars(result: Mapping[str, Any], what: str, chance: float | None) -> bytes:
         errors = np.abs(100 * np.array(ends).T - means)
         colour = BAR_COLOURS[number % len(BAR_COLOURS)]
         ax.bar(places, means, 0.92 * width, yerr=errors, label=arm.replace("_", " "), color=colour, ecolor="#202124", capsize=2)
-    if chance is not None:
-        ax.axhline(100 * chance, color="#5f6368", linewidth=0.8, linestyle="--", label="guessing")
+    each = chance if isinstance(chance, Mapping) else dict.fromkeys(probes, chance)
+    guessed = [
+        (100 * share, place - 0.5, place + 0.5) for place, name in enumerate(probes) if (share := each.get(name)) is not None
+    ]
+    if guessed:
+        ax.hlines(*zip(*guessed, strict=True), color="#5f6368", linewidth=0.8, linestyle="--", label="guessing")
     ax.set_xticks(range(len(probes)), probes)
     ax.set_ylabel(what)
     # Bars set the lower end: Student's interval of two seeds may reach far below any share, and would flatten everything.

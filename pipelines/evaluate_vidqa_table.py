@@ -138,4 +138,5 @@ def picture(result: Mapping[str, Any]) -> bytes:
     lines = [line for line in result["categories"] if line["probe"] == name]
     whole = [{**line, "probe": "all"} for line in result["arms"] if line["probe"] == name]
     parts = [{"arm": way, "probe": line["category"], **line[way]} for line in lines for way in WAYS]
-    return evaluate_table.bars({"arms": [*whole, *parts]}, f"{name}, %", result["guessing"])
+    chances = {"all": result["guessing"], **{line["category"]: line["chance"] for line in lines}}
+    return evaluate_table.bars({"arms": [*whole, *parts]}, f"{name}, %", chances)

@@ -173,14 +173,14 @@ class PostTrainTask:
 
 def run(config: PostTrainConfig, reporter: Reporter) -> dict[str, Any]:
     """Train to `train.steps`, then measure rollouts. Returns the last losses."""
+    from pipelines import trajectories
+
     run_dir = storage.normalize(config.run.dir)
     config = replace(config, encoder=storage.normalize(config.encoder), trajectories=storage.normalize(config.trajectories),
                      latents_dir=config.latents_dir and storage.normalize(config.latents_dir),
                      run=replace(config.run, dir=run_dir), train=run_folder.resolved(config.train, run_dir))  # fmt: skip
     check_trackers(config.train.trackers, run_dir)
     source = _checked_source(config)
-    from pipelines import trajectories
-
     before = run_folder.read_config(run_dir) if run_folder.is_run(run_dir) else None
     start = run_folder.begin(config.run, config)
     if start == 0 and before != run_folder.as_tree(config):

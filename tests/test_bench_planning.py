@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from jepa_core.config import PlannerConfig
-from pipelines import bench_offline, bench_planning, pca_world, run_folder
+from pipelines import bench_planning, pca_world, run_folder
 from pipelines import bench_planning_table as table
 from pipelines.bench_planning_config import PcaConfig, PlanningBenchConfig
 from pipelines.errors import ConditionMissed, InputRefused, UsageError
 from pipelines.presets import load
 from pipelines.robot.panda import headless_gl
 
-assert bench_offline  # and with it what torch imports late, which crashes once headless_gl has loaded Mesa
 pytestmark = pytest.mark.robot
 needs_gl = pytest.mark.skipif(
     headless_gl() is None and "CI" not in os.environ, reason="no headless OpenGL library (make system installs one)"
