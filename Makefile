@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check chaos soak bench-core bench-heads bench-data bench-ingest bench-scale bench-rlds bench-plan bench-post-train fuzz system clean cluster-test manifests
+.PHONY: demo test check api chaos soak bench-core bench-heads bench-data bench-ingest bench-scale bench-rlds bench-plan bench-post-train fuzz system clean cluster-test manifests
 
 demo: $(INSTALLED) system
 	$(BIN)/jepa demo dir=runs/demo
@@ -19,6 +19,12 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	@$(BIN)/python infra/audit.py
+
+# Pages of every module, class and function from their docstrings: runs/api/index.html
+api: $(INSTALLED)
+	@rm -rf runs/api
+	@PDOC_ALLOW_EXEC=1 $(BIN)/python -m pdoc --docformat markdown --no-include-undocumented --output-directory runs/api jepa_core pipelines cluster
+	@echo runs/api/index.html
 
 # One pretraining step against transformers' layers, and against a reference checkout: make bench-core ARGS="--reference PATH"
 bench-core: $(INSTALLED)

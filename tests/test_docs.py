@@ -1,8 +1,11 @@
 """What the documentation tells to type is something that the command line takes, and what it quotes is what the code says."""
 
 import ast
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +130,18 @@ def test_pages_link_to_pages_that_are_there():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_api_pages_come_from_the_docstrings(tmp_path):
+    """As `make api` does for all: a page for each module, with the first words of every public function and class."""
+    (recipe,) = re.findall(r"-m pdoc (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    words = recipe.replace("runs/api", str(tmp_path)).split()
+    command = [sys.executable, "-m", "pdoc", *(word for word in words if word != "pipelines")]
+    env = os.environ | {"PDOC_ALLOW_EXEC": "1"}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, env=env)
+    assert result.returncode == 0, result.stderr
+    for path in (path for room in ("jepa_core", "cluster") for path in (ROOT / room).glob("[a-z]*.py")):
+        page = (tmp_path / path.parent.name / f"{path.stem}.html").read_text("utf-8")
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert f'id="{node.name}"' in page, f"{path.stem}.{node.name}"
