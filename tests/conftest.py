@@ -99,7 +99,7 @@ def make_catalogs(root: Path, videos: dict[str, int], reporter) -> dict[str, str
     return made
 
 
-def jepa(*arguments: str, env: dict[str, str] | None = None, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def jepa(*arguments: str, env: dict[str, str] | None = None, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "pipelines.cli", *arguments]
     base = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}

@@ -104,7 +104,7 @@ for k in range(12):
 def test_three_processes_that_write_the_same_rows_at_once_write_each_once(ref, request):
     here = str(request.path.parent)
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, ref.uri, f"run{n}", here]) for n in range(3)]
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
+    assert [writer.wait(timeout=600) for writer in writers] == [0, 0, 0]
     found = uris(ref)
     assert len(found) == len(set(found)) == 240
 

@@ -57,7 +57,7 @@ class Head:
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         for address in (port, dashboard):
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + 300
             while time.monotonic() < deadline:
                 with socket.socket() as attempt:
                     if attempt.connect_ex(("127.0.0.1", address)) == 0:
@@ -131,7 +131,7 @@ def test_a_job_is_submitted_once_streams_its_log_and_ends_with_the_verbs_code(he
 def test_two_submits_at_once_run_once_and_a_failed_job_gets_another_attempt(head, tmp_path):
     command = ["ingest", f"source={tmp_path}/nowhere", f"catalog={tmp_path}/cat"]
     both = [head.start("submit", *command) for _ in range(2)]
-    said = [process.communicate(timeout=120) for process in both]
+    said = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [3, 3], str(said)
     assert all("does not exist" in out for out, _ in said)
     assert all("input refused" in error for _, error in said)
@@ -191,7 +191,7 @@ def test_no_secret_in_job_lists_and_logs(head, tmp_path):
     head.jepa("submit", "doctor", f"storage=[{tmp_path}]", AWS_SECRET_ACCESS_KEY=PLANTED)
     request = [sys.executable, "-c", f"import urllib.request as u; print(u.urlopen(u.Request('{head.dashboard}/api/jobs/', "
                f"headers={{'Authorization': 'Bearer {head.token}'}})).read().decode())"]  # fmt: skip
-    info = subprocess.run(request, capture_output=True, text=True, timeout=60).stdout
+    info = subprocess.run(request, capture_output=True, text=True, timeout=600).stdout
     assert job in info
     told = [planted.stdout, planted.stderr, info, head.jepa("jobs", "logs", job).stdout, head.jepa("jobs", "list").stdout]
     logs = [
@@ -207,7 +207,7 @@ def test_no_secret_in_job_lists_and_logs(head, tmp_path):
 def test_a_window_fired_twice_ingests_once(head, corpus, tmp_path):
     command = ["ingest", f"source={corpus}", f"catalog={tmp_path}/cat"]
     both = [head.start("submit", "window=day@00:00", *command) for _ in range(2)]
-    said = [process.communicate(timeout=180) for process in both]
+    said = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [0, 0], str(said)
     made = [job for job in head.jobs() if job.startswith(name_of(*command, window="day@00:00"))]
     assert len(made) == 1
@@ -236,7 +236,7 @@ def test_a_stopped_job_saves_and_the_next_submit_continues_it(head, ingested, tm
     log_until(first, '"done": 3')
     stopped = head.jepa("jobs", "stop", job)
     assert (stopped.returncode, events(stopped)[-1]["status"], events(stopped)[-1]["retry"]) == (0, "stopped", True)
-    _, errors = first.communicate(timeout=60)
+    _, errors = first.communicate(timeout=600)
     assert (first.returncode, "was stopped" in errors) == (75, True)
     step = run_folder.require_checkpoint(str(run_dir)).step
     assert 3 <= step < 60
@@ -283,7 +283,7 @@ def test_the_time_from_submit_to_the_first_line(head, tmp_path):
         for words in ("Running entrypoint", '"event": "error"'):
             assert log_until(process, words)
             spent.append(time.monotonic() - began)
-        process.communicate(timeout=60)
+        process.communicate(timeout=600)
         print(f"the cluster's first line after {spent[0]:.1f} s, the verb's after {spent[1]:.1f} s")
     assert spent[0] < 16  # the goal is 8 s on a machine that does nothing else
 
@@ -320,7 +320,6 @@ def raylets_of(title: bytes, marker: str) -> set[int]:
 
 
 @slow
-@pytest.mark.timeout(540)
 def test_a_decode_node_is_replaced_while_training_goes_on(ingested, tmp_path):
     """Head without CPUs, a node for decoding, one for training: each does its own work and no other, and a new one takes over."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}

@@ -138,7 +138,7 @@ def test_api_pages_come_from_the_docstrings(tmp_path):
     words = recipe.replace("runs/api", str(tmp_path)).split()
     command = [sys.executable, "-m", "pdoc", *(word for word in words if word != "pipelines")]
     env = os.environ | {"PDOC_ALLOW_EXEC": "1"}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, env=env)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=env)
     assert result.returncode == 0, result.stderr
     for path in (path for room in ("jepa_core", "cluster") for path in (ROOT / room).glob("[a-z]*.py")):
         page = (tmp_path / path.parent.name / f"{path.stem}.html").read_text("utf-8")

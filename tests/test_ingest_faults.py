@@ -26,7 +26,7 @@ def server(tmp_path_factory):
 
 
 def ingest(server: SeparateS3, target: str, *options: str):
-    return jepa("ingest", f"source={SOURCE}", f"catalog={target}", *options, env=server.env() | QUICK, timeout=280)
+    return jepa("ingest", f"source={SOURCE}", f"catalog={target}", *options, env=server.env() | QUICK, timeout=600)
 
 
 def content(server: SeparateS3, uri: str, monkeypatch) -> dict:
@@ -66,7 +66,7 @@ def test_the_catalog_of_a_failing_store_is_that_of_a_sound_one(server, monkeypat
 def test_an_outage_in_the_middle_ends_by_the_deadline_and_the_next_run_goes_on(server, monkeypatch):
     server.set(rate=1.0, kinds=["503"])
     began = time.monotonic()
-    down = jepa("ingest", f"source={SOURCE}", f"catalog={CLEAN}-later", timeout=200,
+    down = jepa("ingest", f"source={SOURCE}", f"catalog={CLEAN}-later", timeout=600,
                 env=server.env() | QUICK | {"JEPA_STORAGE_DEADLINE_S": "5"})  # fmt: skip
     server.set(rate=0.0)
     assert down.returncode == 75, down.stderr

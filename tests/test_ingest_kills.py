@@ -89,7 +89,7 @@ class Driver:
 
     def wait(self) -> int:
         try:
-            code = self.process.wait(timeout=240)
+            code = self.process.wait(timeout=600)
         except subprocess.TimeoutExpired:
             self.process.send_signal(signal.SIGABRT)  # the fault handler tells where every thread stands
             code = self.process.wait()
@@ -138,7 +138,7 @@ def test_an_ingest_that_is_killed_anywhere_ends_in_the_clean_run_s_catalog(sourc
             if kind == "driver" and chance.random() < 0.25:
                 time.sleep(chance.uniform(0.0, 4.0))  # anywhere, the start included
             else:
-                driver.reading.wait(timeout=120)
+                driver.reading.wait(timeout=600)
                 time.sleep(chance.uniform(0.0, 1.2))
             running = driver.process.poll() is None
             if kind == "driver":

@@ -136,7 +136,7 @@ with ray_session.session(RayConfig(num_cpus=1, object_store_mb=128)):
     ingest_report.metrics(first)
     ingest_report.metrics({"videos": {"current": 0}, "reasons": {"empty": 1, "crashed": 4}})
     port = ray.nodes()[0]["MetricsExportPort"]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         time.sleep(0.3)
         try:
@@ -154,6 +154,6 @@ with ray_session.session(RayConfig(num_cpus=1, object_store_mb=128)):
 def test_ray_serves_the_counter_on_the_nodes_metrics_port():
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment["RAY_metrics_report_interval_ms"] = "500"  # 10 s by default
-    result = subprocess.run([sys.executable, "-c", SCRAPED], env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", SCRAPED], env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == {"accepted": 5, "empty": 3, "crashed": 4}

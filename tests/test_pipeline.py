@@ -196,7 +196,7 @@ def test_rays_manners_token_auth_and_a_clean_home(corpus, tmp_path):
         "    print(json.dumps([os.environ['RAY_AUTH_MODE'], len(os.environ['RAY_AUTH_TOKEN'])]))\n"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(home)}
-    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert json.loads(answer.stdout.splitlines()[-1]) == ["token", 64], answer.stderr
     assert list(home.iterdir()) == []
 
@@ -212,7 +212,7 @@ def test_nothing_outlives_an_embedded_session():
         "    print(ray.get(ray.remote(start).remote()))\n"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
     assert answer.returncode == 0, answer.stderr
     state = Path(f"/proc/{int(answer.stdout.splitlines()[-1])}/status")
     assert not state.exists() or "zombie" in state.read_text()

@@ -176,7 +176,7 @@ def test_without_opengl_physics_works_and_rendering_names_the_packages():
         "except panda.UsageError as error:\n    print(error)\n"
     )
     clean = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
-    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=600)
     assert "libegl1 libopengl0 libgl1-mesa-dri" in done.stdout, done.stderr
     assert "libosmesa6" in done.stdout
     assert "make system" in done.stdout
@@ -200,7 +200,6 @@ def test_recorded_play_covers_useful_moves(episode):
 
 @needs_gl
 @pytest.mark.ray
-@pytest.mark.timeout(90)
 def test_parallel_recording_gives_the_same_bytes_as_one_process(tmp_path):
     import ray
 

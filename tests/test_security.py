@@ -199,7 +199,7 @@ def test_a_run_writes_where_it_was_told_and_no_secret(tmp_path):
     ):
         base = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         words = [sys.executable, "-m", "pipelines.cli", *command]
-        result = subprocess.run(words, env=base | environment, cwd=tmp_path / "cwd", capture_output=True, text=True, timeout=240)
+        result = subprocess.run(words, env=base | environment, cwd=tmp_path / "cwd", capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stderr
         for value in PLANTED.values():
             assert value not in result.stdout + result.stderr

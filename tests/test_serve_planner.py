@@ -64,7 +64,7 @@ def post(address, body, token=None, path="/plan"):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(address + path, data, {"Authorization": f"Bearer {token}"} if token else {})
     try:
-        with urllib.request.urlopen(request, timeout=120) as reply:
+        with urllib.request.urlopen(request, timeout=600) as reply:
             return reply.status, json.load(reply)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
@@ -86,7 +86,7 @@ def test_an_action_comes_back_and_a_session_keeps_goal_and_warm_start(serving):
     assert status == 200
     assert second["action"] != first["action"], "the search went on from the plan before"
     assert post(address, asked(session="other"))[1]["action"] == first["action"], "another session starts as this one did"
-    with urllib.request.urlopen(address + "/health", timeout=120) as reply:
+    with urllib.request.urlopen(address + "/health", timeout=600) as reply:
         health = json.load(reply)
     assert (health["sessions"], health["answers"]) == (2, 3)
     assert 0 < health["p50_s"] <= health["p95_s"] <= health["p99_s"]
@@ -151,7 +151,7 @@ def test_a_token_is_asked_for_and_other_paths_are_not_served(serving):
 
 def test_a_request_without_length_is_refused(serving):
     host, port = serving().removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=120) as client:
+    with socket.create_connection((host, int(port)), timeout=600) as client:
         client.sendall(b"POST /plan HTTP/1.0\r\n\r\n")
         assert b" 411 " in client.makefile("rb").readline()
 

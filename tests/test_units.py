@@ -209,7 +209,7 @@ print(json.dumps(told | dict(labelled_nodes=[n["NodeID"] for n in ray.nodes() if
 @pytest.mark.ray
 def test_decoding_goes_to_the_nodes_that_are_labelled_for_it():
     root = str(Path(units.__file__).parents[1])
-    result = subprocess.run([sys.executable, "-c", PLACES.format(path=[root])], capture_output=True, text=True, timeout=200)
+    result = subprocess.run([sys.executable, "-c", PLACES.format(path=[root])], capture_output=True, text=True, timeout=600)
     told = json.loads(result.stdout.splitlines()[-1])
     assert told["without"] == [told["head"]]
     assert told["auto"] == told["labelled"] == told["labelled_nodes"]

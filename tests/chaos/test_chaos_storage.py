@@ -100,7 +100,7 @@ def test_a_store_that_fails_on_every_tenth_request_changes_no_bit(undisturbed, t
                 rate=rate, kinds=["503", "500", "reset", "stall", "truncate"], stall_s=4.0, applies="raw/|index/|runs/.*step_"
             )
             command = ["pretrain", *_smoke(), "catalog=s3://bucket/catalog", f"run.dir=s3://bucket/runs/{name}", *FOUR]
-            result = jepa(*command, env=env, timeout=280)
+            result = jepa(*command, env=env, timeout=600)
             assert result.returncode == 0, result.stderr
             counts = server.counts()["faults"]
             assert (sum(counts.values()) > 5) == bool(rate), counts
