@@ -112,10 +112,13 @@ def run(config: AlignConfig, reporter: Reporter) -> dict[str, Any]:
     causal_model.check_installed()
     check_trackers(config.train.trackers, config.run.dir)
     config = _resolved(config)
+    before = run_folder.read_config(config.run.dir) if run_folder.is_run(config.run.dir) else None
     start = run_folder.begin(config.run, config)
     with ray_session.session(config.ray):
         from pipelines import align_prepare
 
+        if start == 0 and before != run_folder.as_tree(config):  # what a start with other options prepared
+            storage.delete([storage.join(config.run.dir, name) for name in (align_prepare.COUNTS, PROJECTOR_FILE)])
         counts = run_folder.read_json(config.run.dir, align_prepare.COUNTS)
         if counts is None:
             counts = _prepare(config, reporter)

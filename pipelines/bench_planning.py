@@ -32,9 +32,7 @@ def run(config: PlanningBenchConfig, reporter: Reporter) -> dict[str, Any]:
     config = replace(config, run=replace(config.run, dir=run_dir))
     if config.encoder not in (PRETRAIN, UNTRAINED):
         config = replace(config, encoder=storage.normalize(config.encoder))
-    if run_folder.is_run(run_dir):
-        run_folder.refuse_other_run(run_dir, config)  # its results would be taken for this benchmark's
-    run_folder.begin(config.run, config)
+    run_folder.claim(config.run, config)
     results = {}
     with ray_session.session(config.ray):
         for task in tasks_of(config):

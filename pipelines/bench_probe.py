@@ -41,9 +41,7 @@ def run(config: BenchConfig, reporter: Reporter) -> dict[str, Any]:
     Raises ConditionMissed at the end where `require` and a margin is too small.
     """
     run_dir = storage.normalize(config.run.dir)
-    if run_folder.is_run(run_dir):
-        run_folder.refuse_other_run(run_dir, config)  # its results would be taken for this benchmark's
-    run_folder.begin(config.run, config)
+    run_folder.claim(config.run, config)
     with ray_session.session(config.ray):
         catalogs = generated(config, run_dir, reporter)
         trials = {(arm, seed): trial_config(config, catalogs, run_dir, arm, seed) for arm, seed in keys(config)}

@@ -8,7 +8,7 @@ continues a killed benchmark.
     run.dir/catalogs/    of the clips
     run.dir/encoders/    pretraining runs, one a seed
     run.dir/align/       trained language models, one an arm and seed
-    run.dir/answers/     evaluations, one an arm
+    run.dir/answers/     evaluations, one an arm and number of seeds
 """
 
 from dataclasses import replace
@@ -36,9 +36,7 @@ def run(config: VidQABenchConfig, reporter: Reporter) -> dict[str, Any]:
     config = replace(config, run=replace(config.run, dir=run_dir))
     if config.encoder != PRETRAIN:
         config = replace(config, encoder=storage.normalize(config.encoder))
-    if run_folder.is_run(run_dir):
-        run_folder.refuse_other_run(run_dir, config)  # its results would be taken for this benchmark's
-    run_folder.begin(config.run, config)
+    run_folder.claim(config.run, config)
     arms = (TRAINED, UNTRAINED) if config.control else (TRAINED,)
     with ray_session.session(config.ray):
         catalogs = _generated(config, run_dir, reporter)
@@ -98,10 +96,11 @@ def _align_dir(run_dir: str, arm: str, seed: int) -> str:
 def _asked(config: VidQABenchConfig, run_dir: str, arm: str, catalogs: dict[str, str], reporter: Reporter) -> dict[str, Any]:
     """The result of `jepa evaluate vidqa` on the models of an arm."""
     models = ",".join(_align_dir(run_dir, arm, seed) for seed in range(config.seeds))
-    folder = storage.join(run_dir, ANSWERS, arm)
+    name = f"{arm}-{config.seeds}"  # more seeds are asked anew: their intervals are of all
+    folder = storage.join(run_dir, ANSWERS, name)
     words = [f"model=[{models}]", f"catalog={catalogs['test']}", f"methods=[{','.join(config.methods)}]"]
     words += [f"questions={storage.join(run_dir, QUESTIONS, 'test.jsonl')}", f"run.dir={folder}"]
-    stage(run_dir, f"answers-{arm}", lambda: run_verb("evaluate vidqa", words, reporter))
+    stage(run_dir, f"answers-{name}", lambda: run_verb("evaluate vidqa", words, reporter))
     return run_folder.read_json(folder, run_folder.RESULT)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pipelines.bench_config import LevelName
 from pipelines.config import RayConfig, RunConfig
 from pipelines.errors import UsageError
+from pipelines.evaluate_config import check_names
 
 KINDS = ("direction", "which", "speed", "digit")
 PRETRAIN = "pretrain"
@@ -81,6 +82,7 @@ class VidQABenchConfig:
         """Options that cannot be meant."""
         if self.seeds < 1 or not 0 <= self.lettered < 1:
             raise UsageError("seeds must be at least 1, lettered a share below 1")
+        check_names("methods", self.methods, ("likelihood", "letter"), least=1)
         unknown = [name for name in self.categories if name not in self.questions.kinds]
         if unknown:
             raise UsageError(f"categories: {unknown[0]} is none of questions.kinds={list(self.questions.kinds)}")

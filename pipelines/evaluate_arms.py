@@ -19,6 +19,7 @@ from pipelines.evaluate_config import models, require_models
 from pipelines.features import Arm, trained_arm
 from pipelines.pretrain import load_encoder
 from pipelines.progress import Reporter
+from pipelines.trajectories import INDEX
 
 TRAINED, RANDOM, PIXELS, FRAME_DIFFERENCE, SCRATCH = "trained", "random", "pixels", "frame_difference", "scratch"
 RESULTS, FEATURES = "results", "features"
@@ -159,9 +160,16 @@ def pinned(config: T) -> T:
     if len(uris) > 1:
         changes["seeds"] = len(uris)
     config = replace(config, **changes)
-    if used:
+    if used and (begun(run_dir) or before.keys() != run_folder.as_tree(config).keys()):
         run_folder.refuse_other_run(run_dir, config)
     return config
+
+
+def begun(run_dir: str) -> bool:
+    """Whether a folder holds what followed from its options and is not made again; where it was refused, it may be corrected."""
+    if any(storage.exists(storage.join(run_dir, name)) for name in (run_folder.RESULT, INDEX)):
+        return True
+    return bool(storage.list_files(storage.join(run_dir, RESULTS), (".json",), missing_ok=True))
 
 
 def _pinned_catalog(text: str, before: str | None) -> str:

@@ -86,6 +86,9 @@ def run(config: LabelFreeConfig, reporter: Reporter) -> dict[str, Any]:
         compared = evaluate_arms.compared(config.model, config.controls, config.seeds, size)
         footage = clip_groups.read_footage(ref, shown.only, shown.max_videos)
         items, tasks = label_free_rows.plan(config, footage, compared.clip)
+        if ATTENTIVE in config.probes and set(config.tasks) != {RETRIEVAL}:
+            arm = compared.arms[f"{TRAINED}-0"]
+            evaluate_arms.fitting(config.attentive, arm, arm.encoder.dim)  # refused before anything is encoded
         with evaluate_arms.session(config):
             shared, failures = _prepare(config, run_dir, ref, items, tasks, compared, reporter)
             calls = list(evaluate_arms.grouped(work.missing, lambda unit: (unit.arm, unit.seed)))

@@ -309,7 +309,7 @@ def _finish(
     title = f"{shown.column} probe of the trained encoder, seed {shown.seed}"
     picture = evaluate_table.confusion_picture(counts, shared.classes, title)
     storage.write_bytes(storage.join(shared.run_dir, CONFUSION), picture)
-    if ATTENTIVE in config.probes and not model_folder.is_model(storage.join(shared.run_dir, MODEL)):
+    if ATTENTIVE in config.probes:
         _export(shared, results)
     run_folder.write_json(shared.run_dir, run_folder.RESULT, result)
     return result
@@ -317,7 +317,12 @@ def _finish(
 
 def _export(shared: Shared, results: dict[Unit, dict[str, Any]]) -> None:
     """The model with the attentive probe of the seed that is best on validation, under the official keys."""
-    best = _best(results)
+    best, folder_uri = _best(results), storage.join(shared.run_dir, MODEL)
+    if model_folder.is_model(folder_uri):  # of fewer seeds, maybe
+        record = storage.join(folder_uri, model_folder.MODEL)
+        if model_folder.load_json(record)["source"].get("seed") == best.seed:
+            return
+        storage.delete([record])  # no model until it is whole again
     state = model_folder.load_tensors(_state_uri(shared, best))
     arm = shared.compared.arms[shared.compared.features_of(TRAINED, best.seed)]
     probe = replace(shared.config.attentive, num_classes=len(shared.classes))
@@ -331,4 +336,4 @@ def _export(shared: Shared, results: dict[Unit, dict[str, Any]]) -> None:
     if PREDICTOR in whole.parts:  # transformers' classifier is not to be had without
         parts[PREDICTOR], config = whole.parts[PREDICTOR], replace(config, predictor=whole.config.predictor)
     folder = model_folder.ModelFolder(config, parts, clip=clip, source=source)
-    model_folder.write(folder, storage.join(shared.run_dir, MODEL))
+    model_folder.write(folder, folder_uri)

@@ -118,8 +118,8 @@ def units_of(config: VideoQuestionsConfig, questions: int) -> list[Unit]:
 
 
 def _asked(config: VideoQuestionsConfig, ref: CatalogRef) -> Asked:
-    """The questions: those that the first call has found, once it has."""
-    known = run_folder.read_json(config.run.dir, ROWS)
+    """The questions: those that the first result was made with, once there is one."""
+    known = run_folder.read_json(config.run.dir, ROWS) if evaluate_arms.begun(config.run.dir) else None
     if known is None:
         questions, bad = vidqa_formats.read(config.questions, config.format)
         if len(bad) > config.max_bad * (len(bad) + len(questions)):

@@ -221,8 +221,8 @@ def encode(arm: Arm, frames: np.ndarray, keep: Keep, device: str = "cpu") -> Ten
 def _pooled(frames: np.ndarray, *, difference: bool) -> Tensor:
     """Frames, or what changes from each to the next, averaged to POOLED at most: float32 [B, D]."""
     clips = torch.tensor(frames).permute(0, 4, 1, 2, 3).float().div(255)
-    if difference and clips.shape[2] > 1:
-        clips = clips[:, :, 1:] - clips[:, :, :-1]
+    if difference:  # a still has none
+        clips = clips[:, :, 1:] - clips[:, :, :-1] if clips.shape[2] > 1 else torch.zeros_like(clips)
     return F.adaptive_avg_pool3d(clips, [min(a, b) for a, b in zip(clips.shape[2:], POOLED, strict=True)]).flatten(1)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -170,7 +171,7 @@ def _trained(uri: str) -> tuple[str, PostTrainConfig]:
 
 
 def _episodes(config: Any, model: str, trained: PostTrainConfig) -> pa.Table:
-    """Held-out episodes: those of the model's own run, or all of the given source."""
+    """Held-out episodes: those of the model's own run, or all of the given source but those that it was trained on, by URI."""
     from pipelines import trajectories
     from pipelines.post_train_data import CAMERAS, with_cameras
 
@@ -178,6 +179,12 @@ def _episodes(config: Any, model: str, trained: PostTrainConfig) -> pa.Table:
     if index is None and config.trajectories:
         index = trajectories.index_episodes(config.trajectories, trained.time_base, 0.0)
         index = trajectories.usable(with_cameras(index) if trained.needs_cameras else index)
+        known = trajectories.load_index(model)
+        if known is not None:  # what it was trained on is not held out
+            learnt = split_episodes(trajectories.usable(known), trained.holdout)[0]["uri"]
+            index = index.filter(pc.invert(pc.is_in(index["uri"], pa.array(learnt.to_pylist(), index["uri"].type))))
+            if not index.num_rows:
+                raise InputRefused(f"{config.trajectories}: {model} was trained on every usable episode; leave trajectories= out")
     elif index is None:
         index = trajectories.load_index(model)
         if index is None:

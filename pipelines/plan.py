@@ -26,9 +26,7 @@ def run(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
     run_dir = storage.normalize(config.run.dir)
     config = replace(config, model=storage.normalize(config.model), run=replace(config.run, dir=run_dir))
     checkpoint = run_folder.require_checkpoint(config.model)
-    if run_folder.is_run(run_dir):
-        run_folder.refuse_other_run(run_dir, config)  # its episodes would be taken for this one's
-    run_folder.begin(config.run, config)
+    run_folder.claim(config.run, config)
     model = run_folder.config_of(config.model, PostTrainConfig, "post-training")
     arena = Arena(config.task, config.steps, config.seed, config.success_distance, config.sim, config.planner.max_step,
                   model.fps, config.goal_distance)  # fmt: skip

@@ -28,7 +28,14 @@ def evaluation(section: Section) -> None:
     group.tables.append(Table(columns, [list(row) for row in rows], caption))
     columns, rows = evaluate_table.difference_table(result)
     if rows:
-        caption = "In points, paired by seed; p of the paired t test."
+        by = "model" if result["seeds"] > 1 else "question"
+        paired = {
+            "label-free": "paired by group",
+            "robot": "a bootstrap over the same held-out episodes",
+            "vidqa": f"paired by {by}",
+        }.get(result["task"], "paired by seed")
+        tested = any(line["p_t"] is not None for line in result["differences"])
+        caption = f"In points, {paired}{'; p of the paired t test' if tested else ''}."
         group.tables.append(Table(columns, [list(row) for row in rows], caption))
     _pictures(section, group, result)
 

@@ -243,6 +243,21 @@ def begin(run: RunConfig, config: Any) -> int:
     return found.step if found else 0
 
 
+def claim(run: RunConfig, config: Any) -> None:
+    """Claim a folder whose progress is in results, not in checkpoints: every option that matters is that of its first start.
+
+    Raises UsageError when the folder is another run's or, with resume=never, anyone's; InputRefused when resume=must finds none.
+    """
+    begun = is_run(run.dir)
+    if not begun and run.resume == "must":
+        raise InputRefused(f"run.resume=must, but {run.dir} holds no run: use run.resume=auto to start")
+    if begun and run.resume == "never":
+        raise UsageError(f"{run.dir} holds a run already: use run.resume=auto to continue, or another run.dir")
+    if begun:
+        refuse_other_run(run.dir, config)  # its results would be taken for this run's
+    begin(replace(run, resume="auto"), config)
+
+
 def resolved(train: TrainConfig, run_dir: str) -> TrainConfig:
     """The configuration with its number of microbatches: what the run was started with, else one for each worker."""
     if train.microbatches:

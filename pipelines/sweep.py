@@ -37,9 +37,9 @@ def run(config: SweepConfig, reporter: Reporter) -> dict[str, Any]:
         before = run_folder.read_config(run_dir).get("catalog") if started else None
         pinned = catalog.pin(catalog.parse_ref(_same_version(config.catalog, before) if before else config.catalog))
         config = replace(config, catalog=str(pinned))
-    if started:
-        run_folder.refuse_other_run(run_dir, config)  # its trials' results would be taken for this sweep's
-    run_folder.begin(config.run, config)
+    checked = base_config(config, config.catalog or "not-generated-yet")
+    sweep_space.settings(config, checked.model.masks, [])  # refuses what does not fit before the folder is claimed
+    run_folder.claim(config.run, config)
     sweep = _Sweep(config, reporter)
     if sweep.unfinished():
         with ray_session.session(config.ray):
@@ -105,8 +105,6 @@ class _Sweep:
         recorded = run_folder.read_json(self.run_dir, SETTINGS) or {"settings": []}
         chosen = [sweep_space.from_tree(tree) for tree in recorded["settings"]] if config.search == "optuna" else []
         self.settings, self.default = sweep_space.settings(config, self.base.model.masks, chosen)
-        if len({setting.name for setting in self.settings}) < len(self.settings):
-            raise InputRefused("two settings of the sweep have one name: rename one of masks")
         self.told = {tree["name"]: tree for tree in recorded["settings"]}
         self.stops = points_of(self.base.train.steps, self.base.train.checkpoint_every)
         for setting in self.settings:

@@ -52,7 +52,7 @@ def settings(config: SweepConfig, base: Sequence[MaskConfig], recorded: Sequence
     """(the settings known before anything is trained, the name of the one that others are compared with).
 
     `base`: the base preset's masks. `recorded`: settings that Optuna chose before. Raises UsageError for a `default` that is none
-    of them, and for axes of masks that the base does not have.
+    of them, for two of one name, and for axes of masks that the base does not have.
     """
     found = [Setting(name, list(masks)) for name, masks in config.masks.items()]
     if axes := axes_of(config.space):
@@ -64,6 +64,8 @@ def settings(config: SweepConfig, base: Sequence[MaskConfig], recorded: Sequence
             with_values({name: values[0] for name, values in axes.items()}, base)  # refuses axes of masks that are not there
             found += [setting for setting in recorded if setting.values]
     names = [setting.name for setting in found]
+    if len(set(names)) < len(names):
+        raise UsageError("two settings of the sweep have one name: rename one of masks")
     if config.default is not None:
         if config.default not in names:
             raise UsageError(f"default={config.default} is no setting of the sweep: choose from {', '.join(names)}")

@@ -52,6 +52,8 @@ def summary(
     }
 
 
+ALIKE = 1e-12
+"""Differences this close have no spread that a test could use."""
 NOTHING = "No setting has trained to the end with all seeds: there is no winner."
 
 
@@ -120,13 +122,14 @@ def _compare(
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Row:
-    """First minus second by pairs, with interval and p-values; without them for a single pair."""
-    if len(first) < 2:
+    """First minus second by pairs, with interval and p-values; without them for one pair, and for pairs that differ alike."""
+    apart = [one - other for one, other in zip(first, second, strict=True)]
+    if max(apart) - min(apart) <= ALIKE:
         return {
-            "mean": first[0] - second[0],
+            "mean": sum(apart) / len(apart),
             "low": None,
             "high": None,
-            "n": 1,
+            "n": len(apart),
             "p_t": None,
             "p_sign_flip": None,
             "p_adjusted": None,
@@ -167,17 +170,21 @@ def _against_default(winner: Row, default: str, entries: Sequence[Row]) -> str:
     if line is None:
         return f"{name} has the highest score; the default, {default}, has not finished, so there is nothing to compare it with."
     if line["p_adjusted"] is None:
-        return f"{name} is {_shown(line)} from the default, {default}, with one seed: that is NOT separable from chance."
+        return f"{name} is {_shown(line)} from the default, {default}, {_why(line)}: that is NOT separable from chance."
     count = sum(entry["difference"] is not None for entry in entries)
     apart = "is separable" if line["p_adjusted"] < LEVEL else "is NOT separable"
     tests = f", adjusted for {count} comparisons {line['p_adjusted']:.2g}" if count > 1 else ""
     return f"{name} {apart} from the default, {default}: {_shown(line)}, p = {line['p_t']:.2g}{tests}, {line['n']} pairs."
 
 
+def _why(line: Row) -> str:
+    return "with one seed" if line["n"] == 1 else "by as much with each of few seeds"
+
+
 def _against(name: str, what: str, first: Sequence[float], second: Sequence[float]) -> str:
     line = difference(first, second)
     if line["p_t"] is None:
-        return f"{name} is {_shown(line)} from {what}, with one seed: that is NOT separable from chance."
+        return f"{name} is {_shown(line)} from {what}, {_why(line)}: that is NOT separable from chance."
     if line["p_t"] < LEVEL:
         side = "better" if line["mean"] > 0 else "WORSE"
         return f"{name} is {side} than {what}: {_shown(line)}, p = {line['p_t']:.2g}."

@@ -125,6 +125,8 @@ def _rows(uri: str, form: str) -> Iterator[Any]:
         raise InputRefused(f"{uri} is not UTF-8 ({error.reason})") from error
     except json.JSONDecodeError as error:
         raise InputRefused(f"{uri} is neither JSON nor JSON lines ({error}): copy it again") from error
+    if isinstance(tree, dict) and uri.endswith(".jsonl"):  # a single line
+        tree = [tree]
     if isinstance(tree, dict) and form in _NESTED:
         for video, inside in tree.items():
             yield from _NESTED[form](video, inside)
@@ -139,7 +141,7 @@ def _json(data: bytes) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in text.split("\n") if line.strip()]  # JSON may hold other ends of lines
         if not lines or (len(lines) == 1 and not lines[0].lstrip().startswith("{")):
             raise
         parsed = []

@@ -14,7 +14,7 @@ VIDEO = "<video>\n"
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _ARTICLES = {"a", "an", "the"}
 _LETTER = re.compile(r"\(?\b([A-Z])\b")
-_NAMED = re.compile(r"\b(?:answer|option|choice)\s*(?:is|:)?\s*:?\s*\(?([A-Z])\b", re.IGNORECASE)
+_NAMED = re.compile(r"\b(?i:answer|option|choice)\s*(?i:is|:)?\s*:?\s*\(?([A-Z]\b|[a-z]\b(?=[).:\s]*$))")
 _WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+")
 
 

@@ -1,5 +1,6 @@
 """Alignment of a language model with an encoder: conversations, packing, small transformers architectures, exact resume."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import ray
 import torch
 from conftest import encode, make_frames
+from harness import slow
 from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -431,6 +433,45 @@ def test_a_llama_folder_with_adapters_end_to_end_and_resumed_to_the_bit(
     with pytest.raises(InputRefused, match="is not the folder that"):
         load_video_language_model(str(halves))
     Path(llama, "more.txt").unlink()
+
+
+@slow
+@pytest.mark.ray
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("features", ["cached", "online"])
+def test_two_workers_learn_what_one_process_does(
+    encoder, media, lists, llama, ray_session, reporter, tmp_path, parallel, features
+):
+    """Adapters on weights that stay frozen, and then all weights; the checkpoint continues in one process."""
+    for name, words in (("adapters", ["language_model.lora={rank: 4, dropout: 0.0}"]), ("all", ["train_parts=all"])):
+        if name == "all" and features == "cached":
+            continue  # nothing to cache where the encoder learns
+        words = [
+            f"language_model.source={llama}",
+            "train.microbatches=2",
+            *words,
+            *([f"features={features}"] if name != "all" else []),
+        ]
+        alone = trained(reporter, tmp_path / name / "alone", encoder, media, lists, *words)
+        folder = tmp_path / name / "two"
+        both = trained(reporter, folder, encoder, media, lists, *words, "train.num_workers=2", f"train.parallel={parallel}")
+        for one, two in zip(alone, both, strict=True):
+            told = ("step", "loss", "grad_norm", "lr", "feature_std")
+            assert [two[key] for key in told] == pytest.approx([one[key] for key in told], rel=1e-3)
+        more = trained(reporter, folder, encoder, media, lists, *words, "train.steps=5")
+        assert [line["step"] for line in more] == [1, 2, 3, 4, 5]
+
+
+def test_a_start_with_other_options_prepares_again(encoder, media, lists, reporter, monkeypatch, tmp_path):
+    """Until there is a checkpoint, options may change: nothing that the first start prepared is trained on."""
+    monkeypatch.setattr(align, "_fit", lambda *given: None)
+    monkeypatch.setattr(align.ray_session, "session", lambda options: contextlib.nullcontext())
+    prepared(tmp_path / "run", encoder, media, lists, reporter, "features=online")
+    first = storage.read_bytes(f"{tmp_path}/run/{align_prepare.MEDIA}")
+    for name in ("run", "fresh"):
+        align.run(aligned(tmp_path / name, encoder, media, lists, "features=online", "num_frames=2"), reporter)
+    again, fresh = (storage.read_bytes(f"{tmp_path}/{name}/{align_prepare.MEDIA}") for name in ("run", "fresh"))
+    assert again == fresh != first
 
 
 def test_stages_and_a_trained_encoder(encoder, media, lists, reporter, alone, tmp_path):

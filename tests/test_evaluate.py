@@ -221,12 +221,16 @@ def test_every_probe_reads_what_every_arm_shows_and_nothing_is_done_twice(world,
     told = json.loads(units[3].read_text())
     units[3].unlink()
     (world / "run" / "result.json").unlink()
+    record = world / "run" / "model" / "model.json"
+    left = record.read_text()
+    record.write_text(json.dumps(json.loads(left) | {"source": made.source | {"seed": 1}}))  # best of other seeds
     (world / "labels.csv").rename(world / "gone.csv")  # a run that continues knows its rows
     try:
         assert accuracy(probe(world, reporter, *OPTIONS, "scratch=true")) == found
     finally:
         (world / "gone.csv").rename(world / "labels.csv")
     assert json.loads(units[3].read_text()) == told
+    assert json.loads(record.read_text()) == json.loads(left)
     assert {path for path in kept if path.stat().st_mtime_ns != kept[path]} == {units[3]}
     with pytest.raises(UsageError, match=r"clips\.segments"):
         probe(world, reporter, *OPTIONS, "scratch=true", "clips.segments=1")

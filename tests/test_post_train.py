@@ -384,6 +384,19 @@ def test_rollouts_beside_their_controls(model, alone, reporter, tmp_path):
     assert result["curves"]["copy_last"][3]["mean"] == pytest.approx(latent_l1(shown.z[:, 0], shown.z[:, 4]).item(), rel=1e-4)
 
 
+def test_episodes_of_the_training_are_not_held_out(model, root, index, alone, reporter, monkeypatch, tmp_path):
+    """The folder that it was trained on, named again: the same episodes as without it."""
+    monkeypatch.setattr(trajectories, "index_episodes", lambda *given: index)
+    config = run_folder.config_of(str(model), PostTrainConfig, "post-training")
+    words = [f"trajectories={root}", "clips=2", "num_frames=5"]
+    given = ["preset=demo", "smoke=true", f"model={model}", f"run.dir={tmp_path}/r", *words]
+    evaluate_rollout.run(load(RolloutEvaluationConfig, "evaluate rollout", given), reporter)
+    shown = set(trajectories.load_index(str(tmp_path / "r"))["uri"].to_pylist())
+    learnt, held_out = post_train.split_episodes(trajectories.usable(trajectories.load_index(str(model))), config.holdout)
+    assert not shown & set(learnt["uri"].to_pylist())
+    assert set(held_out["uri"].to_pylist()) <= shown
+
+
 def test_the_energy_of_a_grid_of_actions(model, alone, reporter, tmp_path):
     told, result = evaluated(evaluate_energy, EnergyConfig, "evaluate energy", model, tmp_path / "e", reporter)
     assert 0 <= told["rank"] <= 1

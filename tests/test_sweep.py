@@ -10,14 +10,15 @@ import yaml
 from harness import slow
 
 from jepa_core.config import ClipConfig, EncoderConfig, MaskConfig, PretrainModelConfig
-from pipelines import run_folder, sweep_figures, sweep_report, sweep_space, sweep_table, sweep_trial
+from pipelines import run_folder, sweep, sweep_figures, sweep_report, sweep_space, sweep_table, sweep_trial
 from pipelines.cli import VERBS
-from pipelines.config import PretrainConfig, TrainConfig
+from pipelines.config import PretrainConfig, RunConfig, TrainConfig
 from pipelines.errors import InputRefused, Retryable, UsageError
 from pipelines.presets import load, to_yaml
 from pipelines.sweep_config import BlocksSpace, SpaceConfig, SweepConfig
 from pipelines.sweep_space import Setting
 
+ROOT = Path(__file__).parent.parent
 BASE = [MaskConfig(num_blocks=3, spatial_scale=(0.2, 0.2)), MaskConfig(num_blocks=1, spatial_scale=(0.6, 0.6))]
 SPACE = SpaceConfig(BlocksSpace(spatial_scale=[0.1, 0.2]), BlocksSpace(num_blocks=[1, 3], aspect_ratio=[1.0, 2.0]))
 
@@ -125,6 +126,36 @@ def test_mistakes_are_named(given, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("smoke", [[], ["smoke=true"]])
+def test_the_settings_of_every_preset_can_be_drawn(path, smoke):
+    """Every axis is of a mask that the base preset has, and every setting leaves a context and targets."""
+    given = [f"preset={path.stem}", *smoke, "run.dir=r", "catalog=c", "probe.trajectories=t"]
+    config = load(SweepConfig, "sweep", given if path.stem != "mask_ratio_tiny" else given[:-2])
+    base = sweep.base_config(replace(config, run=RunConfig("r")), "c")
+    found, default = sweep_space.settings(config, base.model.masks)
+    assert default in {setting.name for setting in found}
+    assert len(found) > 2
+    for setting in found:
+        assert all(0.02 < share < 0.98 for pair in sweep_space.expected_ratios(base, setting.masks) for share in pair)
+
+
+def test_a_mistaken_sweep_claims_no_folder(reporter, tmp_path):
+    given = ["preset=mask_ratio_tiny", f"run.dir={tmp_path}/run"]
+    for words, told in ((["default=shrt"], "default=shrt"), (["space.long.num_blocks=[1,2]"], "has 1 masks")):
+        with pytest.raises(UsageError, match=told):
+            sweep.run(load(SweepConfig, "sweep", [*given, *words]), reporter)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    with pytest.raises(InputRefused, match="resume=must"):
+        sweep.run(load(SweepConfig, "sweep", [*given, "run.resume=must"]), reporter)
+    run_folder.claim(RunConfig(f"{tmp_path}/run"), sweep_config())
+    with pytest.raises(UsageError, match="holds a run already"):
+        run_folder.claim(RunConfig(f"{tmp_path}/run", "never"), sweep_config())
+    run_folder.claim(RunConfig(f"{tmp_path}/run", "must"), sweep_config())
+    with pytest.raises(UsageError, match="was started with"):
+        run_folder.claim(RunConfig(f"{tmp_path}/run", "auto"), sweep_config(points=7))
+
+
 def test_optuna_is_asked_for_where_it_is_missing(monkeypatch):
     import importlib.util
 
@@ -222,6 +253,9 @@ def test_a_winner_by_chance_is_called_so_and_of_equals_the_default_wins():
     single = summary([row("a", 0, [0.1]), row("b", 0, [0.9])], "ab", seeds=[0])
     assert "with one seed: that is NOT separable from chance" in single["verdict"][0]
     assert single["ranking"][0]["low"] is None
+    alike = summary([row("a", s, [0.5]) for s in range(2)] + [row("b", s, [0.75]) for s in range(2)], "ab", seeds=[0, 1])
+    assert "by as much with each of few seeds: that is NOT separable" in alike["verdict"][0]
+    assert alike["ranking"][0]["difference"]["n"] == 2
     equal = summary([row(name, s, [0.5]) for name in "ba" for s in range(3)], "ba")
     assert equal["winner"] == "a"
 

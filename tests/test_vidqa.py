@@ -184,6 +184,8 @@ def test_a_table_may_be_open_and_bad_lines_are_counted(tmp_path):
     assert [(one.id, one.options, one.answer) for one in questions] == [("q-0", (), "red"), ("9", ("a", "b"), "b")]
     assert [one["reason"] for one in bad] == ["bad_row", "no_question", "no_video"]
     assert {one["reason"] for one in bad} <= set(vidqa_formats.REASONS)
+    (tmp_path / "one.jsonl").write_text(lines[0].replace("Q", "Q\u2028\x85?"), "utf-8")
+    assert [one.question for one in vidqa_formats.read(str(tmp_path / "one.jsonl"), "table")[0]] == ["Q\u2028\x85?"]
 
 
 @pytest.mark.parametrize(
@@ -214,6 +216,8 @@ def test_files_of_no_format_are_refused(tmp_path, name, data, form, match):
         ("B.", 1),
         ("B. a dog", 1),
         ("The answer is C", 2),
+        ("the answer is (b).", 1),
+        ("The answer is a dog", 1),
         ("Option A, since a dog barks", 0),
         ("a dog", 1),
         ("It is a bird, I think", 2),
@@ -355,6 +359,12 @@ def test_options_that_cannot_be_meant(words):
         load(VideoQuestionsConfig, "evaluate vidqa", ["model=a", "catalog=b", "questions=c", "run.dir=d", *words])
 
 
+@pytest.mark.parametrize("methods", ["[open]", "[letters]", "[]"])
+def test_the_benchmark_refuses_methods_before_it_trains(methods):
+    with pytest.raises(UsageError, match="methods"):
+        load(VidQABenchConfig, "bench vidqa", ["preset=tiny", "run.dir=d", f"methods={methods}"])
+
+
 # The whole way
 
 
@@ -374,7 +384,7 @@ def test_the_benchmark_runs_and_continues(bench):
     assert found["questions"] == 16
     assert {line["category"] for line in found["categories"]} == set(KINDS)
     assert {line["probe"] for line in found["arms"]} == {"likelihood", "letter"}
-    answers = bench / "answers" / "pretrained"
+    answers = bench / "answers" / "pretrained-1"
     assert (answers / "accuracy.png").stat().st_size > 1000
     before = {path: path.stat().st_mtime_ns for path in bench.rglob("*.safetensors")}
     words = ["preset=tiny", "smoke=true", f"run.dir={bench}", "control=false", "require=false"]
@@ -383,7 +393,7 @@ def test_the_benchmark_runs_and_continues(bench):
 
 
 def test_a_killed_evaluation_goes_on_with_what_is_missing(bench):
-    folder = bench / "answers" / "pretrained"
+    folder = bench / "answers" / "pretrained-1"
     result, rows = folder / "result.json", sorted((folder / "results").iterdir())
     before = json.loads(result.read_text())
     written = [path.stat().st_mtime_ns for path in rows]
@@ -400,7 +410,13 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(bench):
     page = (folder / "report.html").read_text()
     assert "over shuffled" in page
     assert "by category" in page
-    assert main(["evaluate", "vidqa", *words[:-1], f"run.dir={bench}/other", "categories=[motion]"]) == 2
+    other = [*words[:-1], f"run.dir={bench}/other", "categories=[motion]"]
+    assert main(["evaluate", "vidqa", *other]) == 2
+    (bench / "corrected.jsonl").write_text(questions.read_text().replace('"speed"', '"motion"'))
+    other[2] = f"questions={bench}/corrected.jsonl"
+    assert main(["evaluate", "vidqa", *other]) == 0, "what was refused is corrected, and what was read is read again"
+    asked = json.loads((bench / "other" / "result.json").read_text())
+    assert {line["category"] for line in asked["categories"]} == {"motion"}
 
 
 def test_ask_answers_with_the_frames_that_it_saw(bench, tmp_path, capsys):
