@@ -45,7 +45,7 @@ class RunConfig:
     dir: str = MISSING
     """Local path, file:// or s3:// URI."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: continue when there is a checkpoint; never: refuse a used folder; must: refuse an unused one."""
+    """auto: continue what the folder holds; never: refuse a used folder; must: refuse an unused one."""
 
 
 @dataclass(frozen=True)
