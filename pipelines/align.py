@@ -37,7 +37,7 @@ PROJECTOR_FILE = "projector.safetensors"
 class AlignTask:
     """The stage as the training loop sees it (pipelines.train_worker.Task)."""
 
-    saves_frozen = False
+    saves_frozen = leaves_unused = False
 
     def __init__(self, config: AlignConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -52,8 +52,6 @@ class AlignTask:
             PROJECTOR,
             *{"projector": (), "projector_lm": (LANGUAGE,), "all": (LANGUAGE, ENCODER)}[config.train_parts],
         )
-        # An encoder with embeddings of its own for stills does not see some in every unit.
-        self.leaves_unused = trained is not None and self.shape.image_tokenizer
 
     def tensors(self, unit: "Unit") -> tuple[Tensor, tuple[Tensor, Tensor], int, bool]:
         """Packed rows int64 [5, R, S], tokens of images and videos [., N, D] (tubelets where the encoder learns)."""

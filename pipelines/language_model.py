@@ -97,16 +97,18 @@ class VideoLanguageModel(nn.Module):
 
     def _visual(self, media: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """(visual tokens [n, L] of images and then of videos, the same by kind)."""
-        found = []
-        for number, (shown, grid) in enumerate(zip(media, self.grids, strict=True)):
-            # A projector that one worker does not run would leave the others waiting for its gradient.
-            blank = not len(shown) and number == 1 and not len(media[0])
-            tokens = shown.new_zeros(1, *shown.shape[1:]) if blank else shown
-            if not len(tokens):
-                continue
+        found, nothing = [], torch.zeros((), device=media[0].device)
+        for shown, grid in zip(media, self.grids, strict=True):
+            # Every worker runs both kinds, shown or not: sharded weights are gathered, and gradients awaited, by all or none.
+            tokens = shown if len(shown) else shown.new_zeros(1, *shown.shape[1:])
             tokens = self.encoder(tokens, grid) if hasattr(self, ENCODER) else tokens
             visual = self.projector(tokens.float() if tokens.dtype == torch.float16 else tokens, grid)
-            found.append(visual * 0 if blank else visual)
+            if len(shown):
+                found.append(visual)
+            else:
+                nothing = nothing + 0 * visual.sum()
+        found = found or [visual * 0]
+        found[0] = found[0] + nothing
         return torch.cat([visual.flatten(0, 1) for visual in found]), found
 
     def forward(
