@@ -14,7 +14,7 @@ import torch
 from jepa_core.config import AttentiveConfig, ClipConfig, EncoderConfig
 from jepa_core.encoder import clip_grid
 from pipelines import catalog, ray_session, run_folder, storage
-from pipelines.errors import InputRefused, UsageError, unwrapping
+from pipelines.errors import UsageError, unwrapping
 from pipelines.evaluate_config import models, require_models
 from pipelines.features import Arm, trained_arm
 from pipelines.pretrain import load_encoder
@@ -147,11 +147,7 @@ def pinned(config: T) -> T:
     require_models(models(config.model))
     run_dir = storage.normalize(config.run.dir)
     storage.check_bucket(run_dir)
-    used = run_folder.is_run(run_dir)
-    if not used and config.run.resume == "must":
-        raise InputRefused(f"run.resume=must, but {run_dir} holds no evaluation: use run.resume=auto to start")
-    if used and config.run.resume == "never":
-        raise UsageError(f"{run_dir} holds a run already: use run.resume=auto to continue, or another run.dir")
+    used = run_folder.was_begun(replace(config.run, dir=run_dir))
     before = run_folder.read_config(run_dir) if used else {}
     uris = [_pinned_model(uri, before.get("model") or []) for uri in models(config.model)]
     changes = {"model": uris, "run": replace(config.run, dir=run_dir, resume="auto")}

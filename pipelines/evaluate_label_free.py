@@ -229,7 +229,8 @@ def scores(results: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
         if arm != TRAINED and len(groups) > 1:
             trained = found[task, probe, TRAINED]
             apart = asdict(paired_difference([trained[name] for name in groups], list(groups.values())))
-            differences.append({"task": task, "probe": f"{task} {probe}", "first": TRAINED, "second": arm, **apart})
+            line = {"task": task, "probe": f"{task} {probe}", "first": TRAINED, "second": arm, "by": "groups"}
+            differences.append({**line, **apart})
     return {"arms": arms, "differences": differences}
 
 

@@ -34,12 +34,13 @@ def measured(values: Sequence[float], rows: int | None) -> dict[str, Any]:
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
-    """First less second, paired by seed; without an interval where seeds do not differ: {mean, low, high, p_t, p_sign_flip}."""
+    """First less second, paired by seed; no interval where seeds do not differ: {mean, low, high, by, p_t, p_sign_flip}."""
     apart = [a - b for a, b in zip(first, second, strict=True)]
     if len(apart) < 2 or max(apart) == min(apart):
-        return {"mean": float(np.mean(apart)), "low": None, "high": None, "p_t": None, "p_sign_flip": None}
+        return {"mean": float(np.mean(apart)), "low": None, "high": None, "by": None, "p_t": None, "p_sign_flip": None}
     found = paired_difference(first, second)
-    return {"mean": found.mean, "low": found.low, "high": found.high, "p_t": found.p_t, "p_sign_flip": found.p_sign_flip}
+    ends = {"mean": found.mean, "low": found.low, "high": found.high, "by": SEEDS}
+    return ends | {"p_t": found.p_t, "p_sign_flip": found.p_sign_flip}
 
 
 def scores(values: Mapping[tuple[str, str], Sequence[float]], rows: int | None, first: str) -> dict[str, Any]:

@@ -28,14 +28,10 @@ def evaluation(section: Section) -> None:
     group.tables.append(Table(columns, [list(row) for row in rows], caption))
     columns, rows = evaluate_table.difference_table(result)
     if rows:
-        by = "model" if result["seeds"] > 1 else "question"
-        paired = {
-            "label-free": "paired by group",
-            "robot": "a bootstrap over the same held-out episodes",
-            "vidqa": f"paired by {by}",
-        }.get(result["task"], "paired by seed")
+        by = {line["by"] for line in result["differences"]} - {None}
+        over = f", with intervals at 95 % over {' or '.join(sorted(by))}" if by else ""
         tested = any(line["p_t"] is not None for line in result["differences"])
-        caption = f"In points, {paired}{'; p of the paired t test' if tested else ''}."
+        caption = f"In points, paired{over}{'; p of the paired t test' if tested else ''}."
         group.tables.append(Table(columns, [list(row) for row in rows], caption))
     _pictures(section, group, result)
 

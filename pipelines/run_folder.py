@@ -246,16 +246,24 @@ def begin(run: RunConfig, config: Any) -> int:
 def claim(run: RunConfig, config: Any) -> None:
     """Claim a folder whose progress is in results, not in checkpoints: every option that matters is that of its first start.
 
-    Raises UsageError when the folder is another run's or, with resume=never, anyone's; InputRefused when resume=must finds none.
+    Raises UsageError when the folder is another run's; else as `was_begun`.
+    """
+    if was_begun(run):
+        refuse_other_run(run.dir, config)  # its results would be taken for this run's
+    begin(replace(run, resume="auto"), config)
+
+
+def was_begun(run: RunConfig) -> bool:
+    """Whether a folder without checkpoints of its own is a run's already, by the resume rule.
+
+    Raises UsageError when resume=never finds one, InputRefused when resume=must finds none.
     """
     begun = is_run(run.dir)
     if not begun and run.resume == "must":
         raise InputRefused(f"run.resume=must, but {run.dir} holds no run: use run.resume=auto to start")
     if begun and run.resume == "never":
         raise UsageError(f"{run.dir} holds a run already: use run.resume=auto to continue, or another run.dir")
-    if begun:
-        refuse_other_run(run.dir, config)  # its results would be taken for this run's
-    begin(replace(run, resume="auto"), config)
+    return begun
 
 
 def resolved(train: TrainConfig, run_dir: str) -> TrainConfig:

@@ -37,10 +37,9 @@ def run(config: SweepConfig, reporter: Reporter) -> dict[str, Any]:
         before = run_folder.read_config(run_dir).get("catalog") if started else None
         pinned = catalog.pin(catalog.parse_ref(_same_version(config.catalog, before) if before else config.catalog))
         config = replace(config, catalog=str(pinned))
-    checked = base_config(config, config.catalog or "not-generated-yet")
-    sweep_space.settings(config, checked.model.masks, [])  # refuses what does not fit before the folder is claimed
+    sweep = _Sweep(config, reporter)  # refuses what does not fit before the folder is claimed
     run_folder.claim(config.run, config)
-    sweep = _Sweep(config, reporter)
+    sweep.record()
     if sweep.unfinished():
         with ray_session.session(config.ray):
             sweep.train()
@@ -109,7 +108,6 @@ class _Sweep:
         self.stops = points_of(self.base.train.steps, self.base.train.checkpoint_every)
         for setting in self.settings:
             self._tell(setting)
-        self._record()
 
     def _tell(self, setting: Setting) -> None:
         """Note a setting with its expected ratios, or why its masks cannot be drawn."""
@@ -122,7 +120,8 @@ class _Sweep:
             found = {"expected": None, "problem": str(error)}
         self.told[setting.name] = setting.tree() | found
 
-    def _record(self) -> None:
+    def record(self) -> None:
+        """Write down which settings are compared."""
         tree = {"default": self.default, "settings": [self.told[setting.name] for setting in self.settings]}
         run_folder.write_json(self.run_dir, SETTINGS, tree)
 
@@ -194,7 +193,7 @@ class _Sweep:
             setting = sweep_space.optuna_setting(self.config, number, self.base.model.masks, known)
             self.settings.append(setting)
             self._tell(setting)
-            self._record()  # before its first trial: after a restart it is the same
+            self.record()  # before its first trial: after a restart it is the same
             if keys := self.missing(setting):
                 return keys
         return []

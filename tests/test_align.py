@@ -393,6 +393,7 @@ def trained(reporter, *arguments: str) -> list[dict]:
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(120)
 def test_a_llama_folder_with_adapters_end_to_end_and_resumed_to_the_bit(
     encoder, media, lists, llama, ray_session, reporter, tmp_path
 ):

@@ -57,7 +57,7 @@ class Head:
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         for address in (port, dashboard):
-            deadline = time.monotonic() + 300
+            deadline = time.monotonic() + 90
             while time.monotonic() < deadline:
                 with socket.socket() as attempt:
                     if attempt.connect_ex(("127.0.0.1", address)) == 0:
@@ -320,6 +320,7 @@ def raylets_of(title: bytes, marker: str) -> set[int]:
 
 
 @slow
+@pytest.mark.timeout(540)
 def test_a_decode_node_is_replaced_while_training_goes_on(ingested, tmp_path):
     """Head without CPUs, a node for decoding, one for training: each does its own work and no other, and a new one takes over."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}

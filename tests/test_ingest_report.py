@@ -136,7 +136,7 @@ with ray_session.session(RayConfig(num_cpus=1, object_store_mb=128)):
     ingest_report.metrics(first)
     ingest_report.metrics({"videos": {"current": 0}, "reasons": {"empty": 1, "crashed": 4}})
     port = ray.nodes()[0]["MetricsExportPort"]
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         time.sleep(0.3)
         try:

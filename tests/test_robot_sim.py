@@ -200,6 +200,7 @@ def test_recorded_play_covers_useful_moves(episode):
 
 @needs_gl
 @pytest.mark.ray
+@pytest.mark.timeout(90)
 def test_parallel_recording_gives_the_same_bytes_as_one_process(tmp_path):
     import ray
 

@@ -357,7 +357,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(10)
 def test_hostile_tars_are_refused(tmp_path, name):
     refused = refusal(tmp_path, HOSTILE[name])
     assert refused.reason == "not_a_video"

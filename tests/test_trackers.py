@@ -140,7 +140,7 @@ def test_event_files_are_copied_to_the_runs_object_store(s3, monkeypatch):
     run_dir = f"{s3}/run"
     opened = trackers.open_trackers(["tensorboard"], CONFIG, run_dir)
     opened.log(line(1))
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 30
     while not storage.list_files(f"{run_dir}/tensorboard", missing_ok=True) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert set(shown_by_tensorboard(run_dir)["train/loss"]) == {1}  # while the run goes on
@@ -228,7 +228,7 @@ with ray_session.session(RayConfig(num_cpus=1, object_store_mb=128)):
     worker = Worker.remote()
     ray.get(worker.work.remote())
     port = ray.nodes()[0]["MetricsExportPort"]
-    seen, deadline = {}, time.monotonic() + 300
+    seen, deadline = {}, time.monotonic() + 60
     while time.monotonic() < deadline and len(seen) < 14:
         time.sleep(0.3)
         try:

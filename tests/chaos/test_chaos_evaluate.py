@@ -18,7 +18,7 @@ from pipelines import evaluate_label_free, model_folder, run_folder
 from pipelines.presets import load
 from pipelines.seeing_config import LabelFreeConfig
 
-pytestmark = [pytest.mark.chaos, pytest.mark.ray]
+pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(600)]
 GIVEN = ("footage.gap=0.1", "footage.pieces=4", "footage.moments=2", "tasks=[arrow,retrieval]", "seeds=4", "attentive.heads=2",
          "grid.lrs=[0.003]", "grid.weight_decays=[0.01]", "grid.epochs=3", "concurrency=1")  # fmt: skip
 FINISHED_BEFORE = 4

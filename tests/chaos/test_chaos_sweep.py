@@ -14,7 +14,7 @@ from pipelines import run_folder
 from pipelines.cli import VERBS
 from pipelines.presets import load
 
-pytestmark = [pytest.mark.chaos, pytest.mark.ray]
+pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(600)]
 GIVEN = ("base=demo", "overrides=[smoke=true,train.precision=fp32]", "probe.kind=retrieval", "points=2", "seeds=[0,1]",
          "default=short", "masks.short=[{num_blocks: 3, spatial_scale: [0.2, 0.2]}]",
          "masks.long=[{num_blocks: 1, spatial_scale: [0.6, 0.6]}]")  # fmt: skip
