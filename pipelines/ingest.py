@@ -227,11 +227,14 @@ class _Ingest:
         return {"catalog": str(catalog.pin(self.ref)), "run": self.name, **self.counts, "reasons": report["reasons"]}
 
     def _report_before(self) -> dict[str, Any] | None:
-        """What the last finished run over this source that read anything reported."""
+        """What the last finished ingestion of videos from this source that read anything reported.
+
+        Other kinds of runs (ingest trajectories, ingest conversations) write reports without videos into the same table.
+        """
         found = pc.field("finished").is_valid() & (pc.field("source") == self.source) & (pc.field("run") != self.name)
         rows = catalog.read(self.ref, RUNS, ("finished", "ingested", "refused", "report"), found).sort_by("finished").to_pylist()
-        reports = [row["report"] for row in rows if row["ingested"] + row["refused"]]
-        return json.loads(reports[-1]) if reports else None
+        reports = [json.loads(row["report"]) for row in rows if row["ingested"] + row["refused"]]
+        return next((report for report in reversed(reports) if "videos" in report), None)
 
     def _tar_row(self, tar: dict[str, Any]) -> dict[str, Any]:
         """A tar that cannot be listed, as a row of the tasks' results."""

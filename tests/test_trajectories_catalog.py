@@ -1,5 +1,7 @@
 """The catalog's table of trajectories: filled once, again without change, by other bytes; chosen from by training; exported."""
 
+import io
+import json
 import sys
 from dataclasses import replace
 
@@ -9,9 +11,11 @@ import pytest
 import robot_files as files
 from test_trajectories import droid_columns
 
-from pipelines import catalog, catalog_verb, export, ingest_trajectories, presets, trajectories
+from pipelines import catalog, catalog_verb, export, ingest, ingest_trajectories, presets, trajectories
 from pipelines.catalog_schema import RUNS, CatalogRef
 from pipelines.errors import InputRefused, UsageError
+from pipelines.ingest_config import IngestConfig
+from pipelines.progress import Reporter
 from pipelines.trajectories_config import EpisodeChoice, ExportConfig, TrajectoriesConfig
 from pipelines.trajectories_schema import TRAJECTORIES
 
@@ -90,6 +94,19 @@ def test_changed_vanished_and_returned_episodes(ray_session, reporter, tmp_path)
     video.write_bytes(whole[:700])
     with pytest.raises(InputRefused, match=r"1 of 3 new rows were refused \(unreadable_video\)"):
         ingest_trajectories.run(replace(config, max_refused=0.2), reporter)
+
+
+def test_videos_and_trajectories_of_one_source_share_a_catalog(ray_session, reporter, tmp_path):
+    files.write_droid(tmp_path / "droid", 20, 1)
+    both = {"source": f"{tmp_path}/droid", "catalog": str(tmp_path / "c")}
+    assert ingest_trajectories.run(TrajectoriesConfig(**both), reporter)["ingested"] == 3
+    assert ingest.run(IngestConfig(**both), reporter)["ingested"] == 3
+    assert ingest_trajectories.run(TrajectoriesConfig(**both, time_base="header"), reporter)["ingested"] == 3
+    files.write_droid(tmp_path / "droid", 20, 2)
+    told = io.StringIO()
+    assert ingest.run(IngestConfig(**both), Reporter(told))["ingested"] == 3
+    drift = [line for line in map(json.loads, told.getvalue().splitlines()) if line["event"] == "drift"]
+    assert {"codec", "refused"} <= {line["distribution"] for line in drift}, "compared with the videos' run, not the robots'"
 
 
 def test_an_item_whose_commit_was_cut_short_is_read_again(ray_session, reporter, tmp_path, monkeypatch):
